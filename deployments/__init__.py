@@ -1,0 +1,1 @@
+"""How flows meet Prefect servers and work pools."""

@@ -1,0 +1,1 @@
+"""What a person runs: the Prefect flows and their command line."""

@@ -1,0 +1,1 @@
+"""The Llama model, its data order and its trainer: pure JAX and numpy, never Prefect."""

@@ -1,0 +1,88 @@
+"""What a Llama model is: the shape, the positions, and the switches that do not change its maths.
+
+    LlamaConfig(seq_len=2048, hidden_dim=2048, intermediate_dim=8192, num_heads=16, num_kv_heads=16, num_layers=24)
+
+Field names are those of Levanter's LlamaConfig, so that experiment scripts port unchanged.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from model.config_base import Config, runtime
+
+
+class RopeConfig(Config):
+    """Rotary position embedding (Su et al. 2021) and how it stretches to longer contexts."""
+
+    type: Literal["default", "linear", "llama3"] = Field("default", description="Frequency scaling rule.")
+    theta: float = Field(10000.0, gt=0, description="Base of the geometric series of wavelengths (`rope_theta`).")
+    factor: float = Field(1.0, ge=1, description="How many times longer the context became; `linear` and `llama3`.")
+    low_freq_factor: float = Field(1.0, gt=0, description="`llama3`: longer wavelengths than original/this are divided by `factor`.")
+    high_freq_factor: float = Field(4.0, gt=0, description="`llama3`: shorter wavelengths than original/this stay as they are.")
+    original_max_position_embeddings: int = Field(8192, ge=1, description="`llama3`: context length before stretching, in tokens.")
+
+    @model_validator(mode="after")
+    def _check(self) -> RopeConfig:
+        if self.type == "default" and self.factor != 1.0:
+            raise ValueError(f"rope.factor={self.factor} has no effect with rope.type='default': set rope.type to 'linear' or 'llama3'")
+        if self.type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"rope.high_freq_factor={self.high_freq_factor} must be larger than rope.low_freq_factor={self.low_freq_factor}"
+            )
+        return self
+
+
+class LlamaConfig(Config):
+    """Shape of a Llama (Touvron et al. 2023): pre-norm RMSNorm, SwiGLU, RoPE, grouped-query attention."""
+
+    seq_len: int = Field(2048, ge=2, description="Longest sequence the model is trained for, in tokens.")
+    hidden_dim: int = Field(4096, ge=1, description="Width of the residual stream.")
+    intermediate_dim: int = Field(11008, ge=1, description="Width of the SwiGLU feed-forward layer.")
+    num_layers: int = Field(32, ge=1, description="Number of decoder layers.")
+    num_heads: int = Field(32, ge=1, description="Query heads.")
+    num_kv_heads: int = Field(32, ge=1, description="Key/value heads; fewer than `num_heads` means grouped-query attention.")
+    head_dim: int | None = Field(None, ge=2, description="Width of one head; unset means hidden_dim / num_heads.")
+    vocab_size: int | None = Field(None, ge=2, description="Rows of the embedding; unset means the tokenizer's vocabulary.")
+    layer_norm_epsilon: float = Field(1e-5, gt=0, description="Epsilon of RMSNorm.")
+    tie_word_embeddings: bool = Field(False, description="Use the embedding matrix as the output head too.")
+    initializer_range: float = Field(0.02, gt=0, description="Only written to the Hugging Face config; see model/llama.py for the init.")
+    rope: RopeConfig = Field(RopeConfig(), description="Rotary position embedding.")
+
+    # Switches that change rounding at most, never the function that is learned.
+    use_flash_attention: bool = runtime(True, description="Online-softmax attention where it pays; off means plain attention.")
+    gradient_checkpointing: bool = runtime(True, description="Recompute each layer's activations in the backward pass.")
+    scan_layers: bool = runtime(True, description="One compiled layer scanned over the stack; off unrolls it.")
+    cross_entropy_block_size: int = runtime(1024, ge=1, description="Tokens per chunk of the fused head and loss, on each device.")
+
+    @model_validator(mode="after")
+    def _check(self) -> LlamaConfig:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
+        if self.head_dim is None and self.hidden_dim % self.num_heads:
+            raise ValueError(f"hidden_dim={self.hidden_dim} is not a multiple of num_heads={self.num_heads}: change one or set head_dim")
+        if self.head_size % 2:
+            raise ValueError(f"the head width {self.head_size} is odd: rotary embedding rotates pairs, so make it even")
+        return self
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.head_dim or self.hidden_dim // self.num_heads
+
+    def with_vocab(self, vocab_size: int) -> LlamaConfig:
+        """This configuration with the tokenizer's vocabulary filled in where `vocab_size` was left open.
+
+        Raises:
+            ValueError: the tokenizer has more ids than the embedding has rows.
+        """
+        if self.vocab_size is None:
+            return self.model_copy(update={"vocab_size": vocab_size})
+        if vocab_size > self.vocab_size:
+            raise ValueError(
+                f"model.vocab_size={self.vocab_size} is smaller than the tokenizer's vocabulary of {vocab_size}: "
+                f"raise model.vocab_size to at least {vocab_size} or leave it unset"
+            )
+        return self
