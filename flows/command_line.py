@@ -1,0 +1,180 @@
+"""The command line of train-llama: presets and flags, `doctor`, `verify PATH`, `adopt PATH`.
+
+Exit status: 0 the last checkpoint is committed (or the plan, the check, was good), 1 a step failed, 2 the request was wrong,
+130 stopped on request.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+import tyro
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from model.config_base import nearest
+from tasks.config import RunConfig
+from tasks.experiment import root_directory
+from tasks.planning import plan_lines, plan_rows, plan_run
+from tasks.presets import Preset, preset
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Flags of one run; those of the configuration follow, by section."""
+
+    config: Annotated[RunConfig, tyro.conf.arg(name="")]
+    root: str | None = None
+    """Where artifacts lie; unset: PREFECT_LLAMA_ROOT, else ./artifacts."""
+    plan: bool = False
+    """Print what would run and be reused, and why, and stop."""
+    only: str | None = None
+    """Regular expression: just the steps (kind/name) that it finds, and what they need."""
+    force: tuple[str, ...] = ()
+    """Regular expressions: run the steps (kind/name) that they find although they are there."""
+
+
+def run_command(arguments: list[str]) -> int:
+    """Runs one command line; returns the exit status."""
+    from flows.maintenance import COMMANDS
+
+    first = arguments[0] if arguments else ""
+    if first in COMMANDS:
+        return _named_errors(lambda: COMMANDS[first](arguments[1:]))
+    names = [entry.value for entry in Preset]
+    if first and not first.startswith("-") and first not in names:
+        known = [*names, *COMMANDS]
+        print(f"error: unknown preset or command {first!r}{nearest(first, known)}; presets: {', '.join(names)}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    chosen, rest = (first, arguments[1:]) if first in names else (Preset.DEBUG.value, arguments)
+    return _named_errors(lambda: _run(_parse(preset(chosen), rest, prog=f"train.py {chosen}"), chosen))
+
+
+def run_experiments(runs: list[RunConfig], description: str) -> int:
+    """Runs declared experiments one after the other, all with the flags of this command line; returns the exit status."""
+    for run in runs:
+        status = _named_errors(lambda run=run: _run(_parse(run, sys.argv[1:], prog=run.name, description=description), None))
+        if status:
+            return status
+    return 0
+
+
+def _parse(default: RunConfig, arguments: list[str], *, prog: str, description: str = "") -> Arguments:
+    return tyro.cli(
+        Arguments,
+        args=arguments,
+        default=Arguments(config=default),
+        prog=prog,
+        description=description or "Pretrain a Llama from raw text: `train.py [PRESET] [flags]`, or `train.py doctor|verify|adopt`.",
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
+    )
+
+
+def _named_errors(command: Callable[[], int]) -> int:
+    """Runs a command; errors that carry their own explanation are printed as one message."""
+    try:
+        return command()
+    except ValidationError as error:
+        for problem in error.errors(include_url=False):
+            where = ".".join(str(part) for part in problem["loc"])
+            print(f"error: {where}: {problem['msg'].removeprefix('Value error, ')} (got {problem['input']!r})"[:2000], file=sys.stderr)
+        return 2
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(arguments: Arguments, preset_name: str | None) -> int:
+    config, root = arguments.config, root_directory(arguments.root)
+    plan = plan_run(config, root, only=arguments.only, force=arguments.force)
+    _print_plan(plan_lines(plan), plan_rows(plan), title=config.name)
+    if arguments.plan:
+        return 0
+
+    from flows.train import train_llama
+    from tasks.children import ChildStopped
+    from tasks.summary import RunSummary
+
+    _one_line_errors()
+    try:
+        artifacts = train_llama(
+            preset=Preset(preset_name or Preset.DEBUG),
+            name=config.name,
+            model=config.model,
+            train=config.train,
+            data=config.data,
+            track=list(config.track),
+            root=str(root),
+            only=arguments.only,
+            force=list(arguments.force),
+        )
+    except (KeyboardInterrupt, ChildStopped) as stop:
+        print(f"stopped: {stop or 'everything finished so far is kept: run the same command again to continue'}", file=sys.stderr)
+        return 130
+    except Exception as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if (summary := RunSummary.of(artifacts)) is not None:
+        _print_summary(summary)
+    return 0
+
+
+def _print_plan(lines: list[str], rows: list[tuple[str, str, str]], *, title: str) -> None:
+    console.print(f"[bold]{title}[/bold]")
+    for line in lines:
+        name, _, value = line.partition(": ")
+        console.print(f"  {name:<8} {value}", markup=False)
+    table = Table(show_edge=False, pad_edge=False)
+    for column in ("step", "", "why"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _print_summary(summary: object) -> None:
+    from model.plots import terminal_plot
+    from tasks.summary import RunSummary
+
+    assert isinstance(summary, RunSummary)
+    print(terminal_plot(summary.rows(), unigram_entropy=summary.unigram_entropy))
+    table = Table("held-out", "nats per token", "bits per byte", show_edge=False, pad_edge=False)
+    for name, loss, bpb in summary.held_out():
+        table.add_row(name, f"{loss:.4f}" if loss else "", f"{bpb:.4f}" if bpb else "")
+    console.print(table)
+    for sample in summary.samples:
+        console.print(f"\n--- {sample['prompt']!r}", markup=False)
+        console.print(sample["text"], markup=False)
+    console.print("\n" + summary.headline(), markup=False)
+    for what, path in summary.places():
+        console.print(f"  {what:<24} {path}", markup=False)
+
+
+class _OneLine(logging.Filter):
+    """Errors that explain themselves need no traceback in the terminal; the message says all."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Cuts the traceback off."""
+        record.exc_info = record.exc_text = None
+        return True
+
+
+def _one_line_errors() -> None:
+    from tasks.children import ChildFailed, ChildStopped
+
+    explained = (ValueError, OSError, ChildFailed, ChildStopped, KeyboardInterrupt)
+
+    class Only(_OneLine):
+        def filter(self, record: logging.LogRecord) -> bool:
+            error = record.exc_info[1] if record.exc_info else None
+            return super().filter(record) if isinstance(error, explained) else True
+
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).addFilter(Only())

@@ -1,0 +1,86 @@
+"""The commands beside training: `doctor`, `verify PATH`, `adopt PATH`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from tasks.audit import adopt, verify_tree
+from tasks.experiment import root_directory
+from tasks.pipeline import label, run_steps
+from tasks.presets import preset
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def doctor(arguments: list[str]) -> int:
+    """Looks at the machine; 1 when something would make a run fail."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Doctor:
+        root: str | None = None
+        """Where artifacts would lie; unset: PREFECT_LLAMA_ROOT, else ./artifacts."""
+
+    from tasks.doctor import examine
+
+    options = tyro.cli(Doctor, args=arguments, prog="train.py doctor", description="Check this machine before a run.")
+    findings = examine(root_directory(options.root))
+    table = Table(show_edge=False, pad_edge=False)
+    for column in ("", "what", "how it is", "what to do"):
+        table.add_column(column, overflow="fold")
+    for finding in findings:
+        table.add_row(finding.state, finding.subject, finding.detail, finding.remedy)
+    console.print(table)
+    return int(any(finding.state == "fail" for finding in findings))
+
+
+def verify(arguments: list[str]) -> int:
+    """Hashes an artifact, or everything below a root; 1 when something is damaged or there is nothing."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Verify:
+        path: tyro.conf.Positional[Path]
+        """An artifact's directory, or a root with many."""
+
+    options = tyro.cli(Verify, args=arguments, prog="train.py verify", description="Hash an artifact and compare it with its manifest.")
+    report = verify_tree(options.path)
+    print(report)
+    return 0 if report.ok else 1
+
+
+def adopt_command(arguments: list[str]) -> int:
+    """Registers existing data as a finished artifact."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Adopt:
+        path: tyro.conf.Positional[Path]
+        """The directory that holds the data. Nothing is copied; a manifest is written into it."""
+        step: str
+        """What it is, as kind/name: raw/plays, tokens/web."""
+        provenance: str
+        """Where it came from, in your words; kept in the manifest."""
+        preset: str | None = None
+        """Take it as the result of that step of this preset, so that its run reuses it."""
+        root: str | None = None
+        """Where artifacts lie; unset: PREFECT_LLAMA_ROOT, else ./artifacts."""
+
+    options = tyro.cli(Adopt, args=arguments, prog="train.py adopt", description="Register existing data as a finished artifact.")
+    kind, slash, name = options.step.partition("/")
+    if not slash or not kind or not name:
+        raise ValueError(f"--step={options.step!r}: give kind/name, such as raw/plays")
+    step = None
+    if options.preset is not None:
+        steps = {label(step): step for step in run_steps(preset(options.preset)).all}
+        if (step := steps.get(options.step)) is None:
+            raise ValueError(f"--step={options.step!r} is no step of {options.preset!r}; its steps are {', '.join(steps)}")
+    artifact = adopt(options.path, root_directory(options.root), kind, name, {"source": options.provenance}, step=step)
+    print(f"adopted {options.path} as {kind}/{name}, fingerprint {artifact.fingerprint[:16]}, at {artifact.path}")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"doctor": doctor, "verify": verify, "adopt": adopt_command}

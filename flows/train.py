@@ -1,0 +1,139 @@
+"""train-llama: pretrain a Llama from raw text.
+
+    python flows/train.py                                  the debug preset: a few minutes on a laptop, offline
+    python flows/train.py tiny --train.num-train-steps 500 another preset, one thing changed
+    python flows/train.py --plan                           what would run, be reused, and cost
+    prefect deployment run train-llama/local               the same run through a work pool
+
+Raw text -> tokenizer -> tokens -> mixture -> checkpoints -> Hugging Face directory. Each arrow is one Prefect task whose
+result is a directory with a manifest; a step whose configuration and inputs did not change is reused.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # Python puts flows/ first on the path; the packages are siblings of it. The command line imports this file as a module
+    # when there is something to run, so that --help and --plan wait for no Prefect.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from flows.command_line import run_command
+
+    sys.exit(run_command(sys.argv[1:]))
+
+import flows.prefect_settings  # noqa: F401, I001  (before Prefect reads its settings)
+
+from typing import Annotated
+
+from prefect import flow, get_run_logger
+from prefect.futures import PrefectFuture
+from prefect.task_runners import ThreadPoolTaskRunner
+from pydantic import Field
+
+from model.config import LlamaConfig
+from model.train_config import SimpleTrainConfig
+from model.trackers import TrackerName
+from tasks.artifacts import Artifact
+from tasks.children import allow_children, stop_children
+from tasks.datasets import Mixture
+from tasks.download import download
+from tasks.experiment import default_train, resolve_run, root_directory
+from tasks.export import export_hf
+from tasks.mixture import mix
+from tasks.planning import Plan, plan_run
+from tasks.presets import Preset
+from tasks.run_report import publish_plan, publish_summary
+from tasks.steps import Step
+from tasks.tokenization import tokenize
+from tasks.training import train as train_model
+from tasks.vocabulary import train_vocabulary
+
+__all__ = ["LlamaConfig", "Mixture", "SimpleTrainConfig", "default_train", "executor_main", "main", "train_llama"]
+
+TASKS = {
+    "raw": download,
+    "tokenizers": train_vocabulary,
+    "tokens": tokenize,
+    "mixtures": mix,
+    "checkpoints": train_model,
+    "hf": export_hf,
+}
+
+
+@flow(name="train-llama", flow_run_name="train-llama-{preset}", task_runner=ThreadPoolTaskRunner(max_workers=4))
+def train_llama(
+    preset: Annotated[Preset, Field(description="The run to start from; everything below changes it.")] = Preset.DEBUG,
+    name: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$", description="Name of the run.")] = None,
+    num_train_steps: Annotated[int | None, Field(ge=1, description="Optimizer steps.")] = None,
+    train_batch_size: Annotated[int | None, Field(ge=1, description="Sequences in one optimizer step.")] = None,
+    learning_rate: Annotated[float | None, Field(gt=0, description="Peak learning rate.")] = None,
+    seed: Annotated[int | None, Field(ge=0, description="Seed of the weights and of the data order.")] = None,
+    model: Annotated[LlamaConfig | None, Field(description="The whole model, instead of the preset's.")] = None,
+    train: Annotated[SimpleTrainConfig | None, Field(description="The whole training configuration, instead of the preset's.")] = None,
+    data: Annotated[Mixture | None, Field(description="The whole data mixture, instead of the preset's.")] = None,
+    track: Annotated[list[TrackerName] | None, Field(description="Trackers besides metrics.jsonl; offline without an account.")] = None,
+    root: Annotated[str | None, Field(description="Where artifacts lie; unset: PREFECT_LLAMA_ROOT, else ./artifacts.")] = None,
+    only: Annotated[str | None, Field(description="Regular expression: just these steps (kind/name) and what they need.")] = None,
+    force: Annotated[list[str] | None, Field(description="Regular expressions: run these steps although they are there.")] = None,
+) -> list[Artifact]:
+    """Pretrains a Llama from raw text and returns the artifacts of its steps, inputs first."""
+    config = resolve_run(
+        preset,
+        name=name,
+        num_train_steps=num_train_steps,
+        train_batch_size=train_batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+        model=model,
+        train=train,
+        data=data,
+        track=track,
+    )
+    plan = plan_run(config, root_directory(root), only=only, force=tuple(force or ()))
+    publish_plan(plan)
+    artifacts = run_plan(plan)
+    publish_summary(plan, artifacts)
+    return artifacts
+
+
+def run_plan(plan: Plan) -> list[Artifact]:
+    """Submits every step with its inputs; independent ones run at once. Whatever ends this call stops the children first.
+
+    Raises:
+        what the first step that failed raised.
+    """
+    allow_children()
+    futures: dict[str, PrefectFuture[Artifact]] = {}
+    try:
+        for step in plan.wanted:
+            futures[step.fingerprint] = submit(step, plan, futures)
+        return [future.result() for future in futures.values()]
+    except BaseException:
+        stop_children()
+        for future in futures.values():
+            future.wait()
+        raise
+
+
+def submit(step: Step, plan: Plan, futures: dict[str, PrefectFuture[Artifact]]) -> PrefectFuture[Artifact]:
+    """Hands one step to its task, with the futures of its inputs."""
+    inputs = [futures[upstream.fingerprint] for upstream in step.upstream]
+    task = TASKS[step.kind]
+    if step.fingerprint in plan.forced:
+        task = task.forced()
+    return task.submit(step, str(plan.root), inputs)
+
+
+def executor_main(steps: list, description: str = "") -> None:
+    """Runs experiments declared with `default_train`, with the flags of the command line."""
+    from flows.command_line import run_experiments
+
+    sys.exit(run_experiments(steps, description))
+
+
+def main() -> None:
+    """The installed command `train-llama`."""
+    from flows.command_line import run_command
+
+    sys.exit(run_command(sys.argv[1:]))

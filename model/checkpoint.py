@@ -1,0 +1,165 @@
+"""Checkpoints that vouch for themselves: Orbax writes them in the background, a file of hashes goes in before the
+rename that makes them visible, and a resume takes the newest one whose every byte is as it was written.
+
+    checkpoints/<step>/state/...      the arrays (OCDBT)
+    checkpoints/<step>/progress/...   JSON: the step, the data position, what the data and model were
+    checkpoints/<step>/hashes.json    size and sha256 of every file
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+from orbax.checkpoint.path import atomicity
+
+from model.durable import sha256_of, write_json
+
+HASHES = "hashes.json"
+# Orbax rewrites these while it commits, after the hashes were taken.
+COMMIT_FILES = frozenset({"_CHECKPOINT_METADATA", "commit_success.txt", HASHES})
+
+_logger = logging.getLogger(__name__)
+
+
+class CheckpointError(ValueError):
+    """No checkpoint can be used, and starting over was not asked for."""
+
+
+class HashedTemporaryPath(atomicity.AtomicRenameTemporaryPath):
+    """Orbax's temporary directory, with our hashes written into it before the rename that commits it."""
+
+    async def finalize(self) -> None:
+        """Hashes every file, then lets Orbax rename the directory into place."""
+        await asyncio.to_thread(_write_hashes, Path(str(self.get())))
+        await super().finalize()
+
+
+def _write_hashes(directory: Path) -> None:
+    paths = sorted(path for path in directory.rglob("*") if path.is_file() and path.name not in COMMIT_FILES)
+    files = [{"path": path.relative_to(directory).as_posix(), "bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in paths]
+    write_json(directory / HASHES, {"schema": 1, "files": files})
+
+
+def checkpoint_damage(directory: Path) -> str | None:
+    """What is wrong with one committed checkpoint directory, or None when every byte is as written."""
+    try:
+        files = json.loads((directory / HASHES).read_text(encoding="utf-8"))["files"]
+        recorded = [(directory / str(file["path"]), int(file["bytes"]), str(file["sha256"])) for file in files]
+    except FileNotFoundError:
+        return f"{directory / HASHES} is missing"
+    except (KeyError, TypeError, ValueError):
+        return f"{directory / HASHES} cannot be read"
+    if not recorded:
+        return f"{directory / HASHES} lists no files"
+    for path, size, sha256 in recorded:
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != size:
+            return f"{path} has {path.stat().st_size} bytes instead of {size}"
+        if sha256_of(path) != sha256:
+            return f"{path} has another content than was written (sha256 differs)"
+    return None
+
+
+class Checkpoints:
+    """The checkpoints of one run, in one directory."""
+
+    def __init__(self, directory: Path, *, max_to_keep: int) -> None:
+        self.directory = directory
+        self.skipped: list[str] = []
+        directory.mkdir(parents=True, exist_ok=True)
+        self._good = self._set_damaged_aside()
+        self._manager = ocp.CheckpointManager(
+            directory.absolute(),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=max_to_keep,
+                enable_async_checkpointing=True,
+                cleanup_tmp_directories=True,
+                temporary_path_class=HashedTemporaryPath,
+            ),
+        )
+
+    def _set_damaged_aside(self) -> list[int]:
+        """Verifies what is there. Damaged directories are renamed, so that neither we nor Orbax take them for the latest."""
+        steps = sorted((int(path.name) for path in self.directory.iterdir() if path.is_dir() and path.name.isdigit()), reverse=True)
+        good: list[int] = []
+        for step in steps:
+            path = self.directory / str(step)
+            damage = checkpoint_damage(path)
+            if damage is None:
+                good.append(step)
+                continue
+            aside = self.directory / f"damaged-{step}-{time.time_ns()}"
+            os.rename(path, aside)
+            self.skipped.append(f"checkpoint {step} is not used: {damage} (kept as {aside.name})")
+            _logger.warning(self.skipped[-1])
+        if not good and any(self.directory.glob("damaged-*")):
+            raise CheckpointError(
+                f"no checkpoint in {self.directory} can be used and training does not start over by itself: "
+                + "; ".join(self.skipped or ["every checkpoint was set aside as damaged before"])
+                + f". Restore one of them, or delete {self.directory} to train again from step 0"
+            )
+        return good
+
+    def latest_step(self) -> int | None:
+        """The newest step that verified at start or was committed since; None before the first."""
+        return self._manager.latest_step()
+
+    def restore(self, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+        """The newest verified state, placed as `abstract_state`'s shardings say, and its progress record.
+
+        Args:
+            abstract_state: pytree of `jax.ShapeDtypeStruct` with shardings; any mesh will do.
+        """
+        step = self.latest_step()
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), progress=ocp.args.JsonRestore())
+        )
+        return restored["state"], restored["progress"]
+
+    def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
+        """Starts saving in the background. Waits only for a save still under way; raises what that one failed with."""
+        if step != self.latest_step():
+            self._manager.save(
+                step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)), force=True
+            )
+
+    def wait(self) -> None:
+        """Blocks until every save is committed. Raises what a background save failed with."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for the saves and lets Orbax go."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def restore_params(directory: Path, abstract_params: Any) -> Any:
+    """Only the weights of one committed checkpoint directory, verified first.
+
+    Args:
+        directory: `checkpoints/<step>`.
+        abstract_params: pytree of `jax.ShapeDtypeStruct` with shardings.
+
+    Raises:
+        CheckpointError: naming the damaged file.
+    """
+    if damage := checkpoint_damage(directory):
+        raise CheckpointError(f"{directory} cannot be used: {damage}")
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        restored = checkpointer.restore(
+            (directory / "state").absolute(),
+            args=ocp.args.PyTreeRestore(
+                {"params": abstract_params},
+                restore_args={"params": ocp.checkpoint_utils.construct_restore_args(abstract_params)},
+                partial_restore=True,
+            ),
+        )
+    return restored["params"]

@@ -1,0 +1,53 @@
+"""The export process: `python -m model.export JOB.json DIRECTORY DTYPE` writes the last checkpoint as a Hugging Face directory."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+
+import jax
+
+from model import partitioning
+from model.checkpoint import restore_params
+from model.child import die_with_parent, emit
+from model.hf import save_hf
+from model.job import TrainingJob
+from model.mixture_store import MixtureStore
+from model.parameters import param_shapes
+
+
+def export(job: TrainingJob, directory: Path, dtype: str) -> None:
+    """Restores the weights of the job's last step onto this machine and writes them with their tokenizer.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+    """
+    tokenizer = MixtureStore.open(job.mixture).tokenizer
+    config = job.model.with_vocab(tokenizer.vocab_size)
+    shardings = partitioning.param_shardings(config, partitioning.make_mesh())
+    abstract = jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), param_shapes(config), shardings
+    )
+    params = restore_params(job.directory / "checkpoints" / str(job.train.num_train_steps), abstract)
+    save_hf(directory, config, params, tokenizer.path, dtype=dtype)
+
+
+def main(arguments: list[str]) -> int:
+    """Runs one export; returns the exit status."""
+    die_with_parent()
+    job_file, directory, dtype = arguments
+    try:
+        export(TrainingJob.model_validate_json(Path(job_file).read_text(encoding="utf-8")), Path(directory), dtype)
+    except Exception as error:
+        if not isinstance(error, ValueError | OSError):
+            traceback.print_exc()
+        emit("error", message=str(error), type=type(error).__name__)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit("usage: python -m model.export JOB.json DIRECTORY DTYPE")
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,222 @@
+"""Text generation with a key/value cache: one compiled function for a whole batch of prompts.
+
+    generate(params, config, [[1, 450, 2]], max_new_tokens=64, temperature=0.8, top_p=0.95, seed=0, eos_id=2)
+
+Prompts are padded on the left, so that every row writes its next token to the same cache slot; padding has a segment id
+of its own and is never attended to.
+
+Shape suffixes: B prompts, P padded prompt length, T cache slots (P + new tokens), N new tokens, L layers, H query heads,
+G key/value heads, K head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from model.attention import attention, masked_attention
+from model.config import LlamaConfig
+from model.llama import decoder_layer, embed_tokens, rms_norm, unembed
+from model.parameters import Params, param_shapes
+from model.partitioning import constrain
+from model.rope import rope_tables
+
+# Prompts are padded to a multiple of this, so that prompts of similar length share one compilation.
+PROMPT_MULTIPLE = 32
+
+Cache = tuple[jax.Array, jax.Array]  # keys and values, each [L, B, G, T, K]
+
+
+class _Settings(NamedTuple):
+    """What the compiled function is specialised to."""
+
+    config: LlamaConfig
+    max_new_tokens: int
+    greedy: bool
+    compute_dtype: DTypeLike
+    mesh: Mesh | None
+
+
+class _State(NamedTuple):
+    step: jax.Array  # tokens generated so far
+    output_BN: jax.Array
+    done_B: jax.Array
+    logits_BV: jax.Array  # for the next token
+    cache: Cache
+
+
+def generate(
+    params: Params,
+    config: LlamaConfig,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float = 1.0,
+    seed: int,
+    eos_id: int | None = None,
+    compute_dtype: DTypeLike = jnp.float32,
+) -> list[list[int]]:
+    """The tokens that continue each prompt, without the prompt; an `eos_id`, once sampled, is the last of its row.
+
+    A row depends on its own prompt, its index, `seed` and the settings, not on the other prompts (but for rounding).
+
+    Args:
+        params: on any mesh, or numpy; on several hosts, every process calls with the same arguments.
+        prompts: at least one id each, normally beginning with BOS.
+        max_new_tokens: longest continuation.
+        temperature: divides the logits; 0 always takes the likeliest token.
+        top_p: sample from the smallest set of tokens that holds this probability (Holtzman et al. 2020); 1 is all.
+        seed: of the sampling; the same seed gives the same tokens.
+        eos_id: stop a row here; None never stops early.
+        compute_dtype: dtype of the layers and the cache.
+
+    Raises:
+        ValueError: an argument is out of range, or a prompt leaves no room within `config.seq_len`.
+    """
+    _check_settings(config, max_new_tokens, temperature, top_p, seed)
+    _check_prompts(config, prompts, max_new_tokens)
+    if not prompts:
+        return []
+    longest = max(map(len, prompts))
+    padded_length = -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+    padding_B = np.array([padded_length - len(prompt) for prompt in prompts], np.int32)
+    prompts_BP = np.zeros((len(prompts), padded_length), np.int32)
+    for row, prompt in enumerate(prompts):
+        prompts_BP[row, padding_B[row] :] = prompt
+    settings = _Settings(config, max_new_tokens, temperature == 0, compute_dtype, _mesh_of(params))
+    stop = np.int32(-1 if eos_id is None else eos_id)
+    output_BN = _generate(settings, params, prompts_BP, padding_B, np.float32(temperature), np.float32(top_p), np.uint32(seed), stop)
+    return [_up_to(row, eos_id) for row in np.asarray(output_BN).tolist()]
+
+
+@functools.partial(jax.jit, static_argnums=(0,))
+def _generate(
+    settings: _Settings,
+    params: Params,
+    prompts_BP: jax.Array,
+    padding_B: jax.Array,
+    temperature: jax.Array,
+    top_p: jax.Array,
+    seed: jax.Array,
+    eos_id: jax.Array,
+) -> jax.Array:
+    """New tokens [B, N], int32; what follows a row's `eos_id` has no meaning."""
+    batch = prompts_BP.shape[0]
+    row_keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(batch))
+
+    def unfinished(state: _State) -> jax.Array:
+        return (state.step < settings.max_new_tokens) & ~state.done_B.all()
+
+    def next_token(state: _State) -> _State:
+        if settings.greedy:
+            tokens_B = jnp.argmax(state.logits_BV, axis=-1)
+        else:
+            step_keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, state.step)
+            tokens_B = jax.vmap(_sample, (0, 0, None, None))(step_keys, state.logits_BV, temperature, top_p)
+        tokens_B = tokens_B.astype(jnp.int32)
+        output_BN = state.output_BN.at[:, state.step].set(tokens_B)
+        logits_BV, cache = _decode(settings, params, tokens_B, prompts_BP.shape[1] + state.step, padding_B, state.cache)
+        return _State(state.step + 1, output_BN, state.done_B | (tokens_B == eos_id), logits_BV, cache)
+
+    logits_BV, cache = _prefill(settings, params, prompts_BP, padding_B)
+    output_BN = jnp.zeros((batch, settings.max_new_tokens), jnp.int32)
+    start = _State(jnp.zeros((), jnp.int32), output_BN, jnp.zeros(batch, bool), logits_BV, cache)
+    return constrain(jax.lax.while_loop(unfinished, next_token, start).output_BN, (None, None), settings.mesh)
+
+
+def _prefill(settings: _Settings, params: Params, prompts_BP: jax.Array, padding_B: jax.Array) -> tuple[jax.Array, Cache]:
+    """Runs the prompts through the layers: logits [B, V] after their last token, and the cache with room for new ones."""
+    config = settings.config
+    positions_BP = jnp.arange(prompts_BP.shape[1]) - padding_B[:, None]
+    segment_ids_BP = (positions_BP >= 0).astype(jnp.int32)
+    rope = rope_tables(positions_BP, config)
+
+    def attend(q_BHPK: jax.Array, k_BGPK: jax.Array, v_BGPK: jax.Array) -> tuple[jax.Array, Cache]:
+        return attention(q_BHPK, k_BGPK, v_BGPK, segment_ids_BP, config), (k_BGPK, v_BGPK)
+
+    def layer_step(x_BPD: jax.Array, layer: Params) -> tuple[jax.Array, Cache]:
+        return decoder_layer(x_BPD, layer, rope, attend, config)
+
+    x_BPD, cache = jax.lax.scan(layer_step, embed_tokens(params, prompts_BP, settings.compute_dtype), params["layers"])
+    room = [(0, 0), (0, 0), (0, 0), (0, settings.max_new_tokens), (0, 0)]
+    keys_LBGTK, values_LBGTK = (jnp.pad(part, room) for part in cache)
+    return _last_logits(settings, params, x_BPD[:, -1:]), (keys_LBGTK, values_LBGTK)
+
+
+def _decode(
+    settings: _Settings, params: Params, tokens_B: jax.Array, slot: jax.Array, padding_B: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    """Runs one token a row, written to cache position `slot`: logits [B, V] after it, and the grown cache."""
+    config = settings.config
+    rope = rope_tables((slot - padding_B)[:, None], config)
+    slots = jnp.arange(cache[0].shape[3])
+    mask_BST = ((slots >= padding_B[:, None]) & (slots <= slot))[:, None]
+
+    def layer_step(x_B1D: jax.Array, layer_and_cache: tuple[Params, Cache]) -> tuple[jax.Array, Cache]:
+        layer, (keys_BGTK, values_BGTK) = layer_and_cache
+
+        def attend(q_BH1K: jax.Array, k_BG1K: jax.Array, v_BG1K: jax.Array) -> tuple[jax.Array, Cache]:
+            keys = jax.lax.dynamic_update_slice_in_dim(keys_BGTK, k_BG1K, slot, axis=2)
+            values = jax.lax.dynamic_update_slice_in_dim(values_BGTK, v_BG1K, slot, axis=2)
+            return masked_attention(q_BH1K, keys, values, mask_BST), (keys, values)
+
+        return decoder_layer(x_B1D, layer, rope, attend, config)
+
+    x_B1D = embed_tokens(params, tokens_B[:, None], settings.compute_dtype)
+    x_B1D, cache = jax.lax.scan(layer_step, x_B1D, (params["layers"], cache))
+    return _last_logits(settings, params, x_B1D), cache
+
+
+def _last_logits(settings: _Settings, params: Params, x_B1D: jax.Array) -> jax.Array:
+    return unembed(params, rms_norm(x_B1D, params["norm"], settings.config.layer_norm_epsilon))[:, 0]
+
+
+def _sample(key: jax.Array, logits_V: jax.Array, temperature: jax.Array, top_p: jax.Array) -> jax.Array:
+    """One token from the nucleus of softmax(logits / temperature); the likeliest token is always in it."""
+    order_V = jnp.argsort(-logits_V)
+    sorted_V = logits_V[order_V] / temperature
+    probabilities_V = jax.nn.softmax(sorted_V)
+    before_V = jnp.cumsum(probabilities_V) - probabilities_V
+    return order_V[jax.random.categorical(key, jnp.where((before_V < top_p) | (top_p >= 1), sorted_V, -jnp.inf))]
+
+
+def _check_settings(config: LlamaConfig, max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens}: ask for at least one")
+    if not temperature >= 0:
+        raise ValueError(f"temperature={temperature}: use 0 for the likeliest token, or a positive number")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p}: use a probability in (0, 1]")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed}: use a number in [0, 2**32)")
+
+
+def _check_prompts(config: LlamaConfig, prompts: list[list[int]], max_new_tokens: int) -> None:
+    vocab_size = param_shapes(config)["embed"].shape[0]
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompts[{index}] is empty: begin it with the BOS id")
+        if min(prompt) < 0 or max(prompt) >= vocab_size:
+            raise ValueError(f"prompts[{index}] has an id outside [0, {vocab_size}): encode it with the model's own tokenizer")
+        if len(prompt) + max_new_tokens > config.seq_len:
+            raise ValueError(
+                f"prompts[{index}] of {len(prompt)} tokens and max_new_tokens={max_new_tokens} exceed model.seq_len={config.seq_len}: "
+                f"shorten one of them"
+            )
+
+
+def _mesh_of(params: Params) -> Mesh | None:
+    """The mesh that the parameters live on, if any: the tokens must come back whole to every process."""
+    mesh = getattr(getattr(params["embed"], "sharding", None), "mesh", None)
+    return mesh if isinstance(mesh, Mesh) else None
+
+
+def _up_to(row: list[int], eos_id: int | None) -> list[int]:
+    return row[: row.index(eos_id) + 1] if eos_id in row else row

@@ -1,0 +1,188 @@
+"""The Llama decoder (Touvron et al. 2023) as pure functions over a parameter tree: arithmetic only.
+
+    params = init_params(config, jax.random.key(0))
+    logits = forward(params, tokens, config)
+
+Pre-norm RMSNorm, rotary positions, grouped-query attention, SwiGLU. Where arrays live is said in logical axis names and
+decided by `model.partitioning`; what the parameters are, in `model.parameters`.
+
+Shape suffixes: B batch, S sequence, D hidden width, H query heads, G key/value heads, K head width, F feed-forward width,
+V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from model.attention import attention
+from model.config import LlamaConfig
+from model.parameters import Params, init_params, logical_axes, num_params, param_shapes
+from model.partitioning import constrain
+from model.rope import apply_rope, rope_tables
+
+__all__ = [
+    "Params",
+    "decoder_layer",
+    "embed_tokens",
+    "forward",
+    "hidden_states",
+    "init_params",
+    "logical_axes",
+    "num_params",
+    "output_head",
+    "param_shapes",
+    "rms_norm",
+    "unembed",
+]
+
+# From q [B, H, S, K] and k, v [B, G, S, K], after rotation, to the output [B, H, S, K] and any state to hand on.
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+
+def forward(
+    params: Params,
+    tokens: jax.Array,
+    config: LlamaConfig,
+    *,
+    segment_ids: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    compute_dtype: DTypeLike = jnp.float32,
+) -> jax.Array:
+    """Next-token logits, float32 [B, S, V], of int `tokens` [B, S]; the other arguments as in `hidden_states`."""
+    x_BSD = hidden_states(params, tokens, config, segment_ids=segment_ids, positions=positions, compute_dtype=compute_dtype)
+    return unembed(params, x_BSD)
+
+
+def hidden_states(
+    params: Params,
+    tokens: jax.Array,
+    config: LlamaConfig,
+    *,
+    segment_ids: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    compute_dtype: DTypeLike = jnp.float32,
+    mesh: Mesh | None = None,
+) -> jax.Array:
+    """The residual stream after the last layer and the final norm, [B, S, D] in `compute_dtype`.
+
+    Args:
+        params: the tree of `model.parameters`, float32.
+        tokens: int [B, S], each in [0, vocab_size).
+        segment_ids: int [B, S]; a token attends to earlier tokens of its own id only. None: one segment a row.
+        positions: int [B, S] for the rotary embedding, restarting in each document. None: 0, 1, ... along the row, which
+            attention cannot tell apart because rotary scores depend on distances alone.
+        compute_dtype: dtype of the layers; norms, rotation and softmax are float32 whatever it is.
+        mesh: lay activations out over it by the logical rules; None leaves that to the compiler.
+    """
+    if positions is None:
+        positions = jnp.arange(tokens.shape[1])[None]
+    rope = rope_tables(positions, config)
+
+    def attend(q_BHSK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array) -> tuple[jax.Array, None]:
+        return attention(q_BHSK, k_BGSK, v_BGSK, segment_ids, config), None
+
+    def layer_step(x_BSD: jax.Array, layer: Params) -> tuple[jax.Array, None]:
+        return decoder_layer(x_BSD, layer, rope, attend, config, mesh)
+
+    if config.gradient_checkpointing:
+        # A scan already keeps the recomputation apart from the forward pass; unrolled layers need the barrier.
+        layer_step = jax.checkpoint(layer_step, prevent_cse=not config.scan_layers)
+    x_BSD = embed_tokens(params, tokens, compute_dtype, mesh)
+    if config.scan_layers:
+        x_BSD, _ = jax.lax.scan(layer_step, x_BSD, params["layers"])
+    else:
+        for index in range(config.num_layers):
+            x_BSD, _ = layer_step(x_BSD, jax.tree.map(lambda stacked, index=index: stacked[index], params["layers"]))
+    return rms_norm(x_BSD, params["norm"], config.layer_norm_epsilon)
+
+
+def embed_tokens(params: Params, tokens_BS: jax.Array, dtype: DTypeLike, mesh: Mesh | None = None) -> jax.Array:
+    """Embedding rows [B, S, D] in `dtype`.
+
+    The lookup is in float32, so that the gradient of a frequent token is summed in float32 too. On a mesh each device
+    first looks up its own columns for every token of its replica, which keeps table and gradient split.
+    """
+    tokens_BS = constrain(jnp.asarray(tokens_BS), ("replica", None), mesh)
+    x_BSD = constrain(jnp.asarray(params["embed"])[tokens_BS], ("replica", None, "embed"), mesh)
+    return constrain(x_BSD.astype(dtype), ("batch", None, None), mesh)
+
+
+def output_head(params: Params) -> jax.Array:
+    """The output matrix [D, V]: the head, or the embedding transposed when the two are tied."""
+    return params["head"] if "head" in params else params["embed"].T
+
+
+def unembed(params: Params, x_BSD: jax.Array) -> jax.Array:
+    """Float32 logits [B, S, V]; the product itself runs in the dtype of `x_BSD`."""
+    return jnp.einsum("bsd,dv->bsv", x_BSD, output_head(params).astype(x_BSD.dtype), preferred_element_type=jnp.float32)
+
+
+def rms_norm(x_BSD: jax.Array, weight_D: jax.Array, epsilon: float) -> jax.Array:
+    """RMSNorm (Zhang & Sennrich 2019) over the last axis, float32 inside, the input's dtype out."""
+    x = x_BSD.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
+    return (x * scale * weight_D).astype(x_BSD.dtype)
+
+
+def decoder_layer(
+    x_BSD: jax.Array,
+    layer: Params,
+    rope: tuple[jax.Array, jax.Array],
+    attend: Attend,
+    config: LlamaConfig,
+    mesh: Mesh | None = None,
+) -> tuple[jax.Array, Any]:
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Args:
+        layer: one layer's slice of `params["layers"]`.
+        rope: the tables of the tokens' positions.
+        attend: the attention to use; training masks by segment, generation reads and grows a cache.
+
+    Returns:
+        The new [B, S, D], and the state that `attend` returned.
+    """
+    h_BSD = rms_norm(x_BSD, layer["attn_norm"], config.layer_norm_epsilon)
+    update, state = _attention_block(h_BSD, layer, rope, attend, config, mesh)
+    x_BSD = constrain(x_BSD + update, ("batch", None, None), mesh)
+    h_BSD = rms_norm(x_BSD, layer["mlp_norm"], config.layer_norm_epsilon)
+    return constrain(x_BSD + _mlp_block(h_BSD, layer, mesh), ("batch", None, None), mesh), state
+
+
+def _attention_block(
+    h_BSD: jax.Array,
+    layer: Params,
+    rope: tuple[jax.Array, jax.Array],
+    attend: Attend,
+    config: LlamaConfig,
+    mesh: Mesh | None,
+) -> tuple[jax.Array, Any]:
+    def heads(name: str, axis: str) -> jax.Array:
+        weight = _gathered(layer[name], (None, axis), h_BSD.dtype, mesh).reshape(config.hidden_dim, -1, config.head_size)
+        projected = checkpoint_name(jnp.einsum("bsd,dhk->bhsk", h_BSD, weight), "qkv")
+        return constrain(projected, ("batch", axis, None, None), mesh)
+
+    q_BHSK, k_BGSK, v_BGSK = heads("wq", "heads"), heads("wk", "kv"), heads("wv", "kv")
+    output_BHSK, state = attend(apply_rope(q_BHSK, rope), apply_rope(k_BGSK, rope), v_BGSK)
+    output_BHSK = checkpoint_name(output_BHSK, "attn_out")
+    wo = _gathered(layer["wo"], ("heads", None), h_BSD.dtype, mesh).reshape(-1, config.head_size, config.hidden_dim)
+    return jnp.einsum("bhsk,hkd->bsd", output_BHSK, wo), state
+
+
+def _mlp_block(h_BSD: jax.Array, layer: Params, mesh: Mesh | None) -> jax.Array:
+    gate_BSF = checkpoint_name(h_BSD @ _gathered(layer["w_gate"], (None, "mlp"), h_BSD.dtype, mesh), "mlp_gate")
+    up_BSF = checkpoint_name(h_BSD @ _gathered(layer["w_up"], (None, "mlp"), h_BSD.dtype, mesh), "mlp_up")
+    activation_BSF = constrain(jax.nn.silu(gate_BSF) * up_BSF, ("batch", None, "mlp"), mesh)
+    return activation_BSF @ _gathered(layer["w_down"], ("mlp", None), h_BSD.dtype, mesh)
+
+
+def _gathered(weight: jax.Array, axes: tuple[str | None, ...], dtype: DTypeLike, mesh: Mesh | None) -> jax.Array:
+    """The weight in the compute dtype, whole over `fsdp`: cast first, so that the all-gather moves half the bytes."""
+    return constrain(weight.astype(dtype), axes, mesh)

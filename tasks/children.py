@@ -1,0 +1,134 @@
+"""Child processes of a step: heavy imports, crashes and signals stay in them, their JSON lines come back.
+
+A step's body calls `run_child`; the flow calls `stop_children` when it is told to stop, and every child gets the time
+it needs to save.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+SAVE_SECONDS = 25.0  # what a preempted Cloud TPU VM grants, less some
+
+_running: set[subprocess.Popen[str]] = set()
+_lock = threading.Lock()
+_stopping = threading.Event()
+
+
+class ChildFailed(RuntimeError):
+    """The child named an error, or died; the message is complete."""
+
+
+class ChildStopped(RuntimeError):
+    """The child saved and stopped because it was asked to."""
+
+
+def run_child(module: str, arguments: list[str], on_event: Callable[[dict[str, Any]], None], *, stopped_status: int | None = None) -> None:
+    """Runs `python -m module arguments` and passes each JSON object it prints to `on_event`.
+
+    Raises:
+        ChildFailed: with the message of its `{"event": "error"}` line, or its last words on standard error.
+        ChildStopped: it ended with `stopped_status`, or was stopped by `stop_children`.
+    """
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": _import_path()}
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as stderr:
+        # A session of its own: Ctrl-C in the terminal reaches the flow alone, which then asks the child once.
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+        with _lock:
+            _running.add(process)
+        try:
+            if _stopping.is_set():
+                process.send_signal(signal.SIGTERM)
+            error = _follow(process, on_event)
+        except BaseException:
+            _stop(process)
+            raise
+        finally:
+            with _lock:
+                _running.discard(process)
+        if process.returncode == 0:
+            return
+        if process.returncode == stopped_status or (_stopping.is_set() and error is None):
+            raise ChildStopped(f"{module} was stopped")
+        raise ChildFailed(error or _last_words(module, process.returncode, stderr))
+
+
+def _follow(process: subprocess.Popen[str], on_event: Callable[[dict[str, Any]], None]) -> str | None:
+    """Reads the child's lines until it ends; the message of its error event, if it sent one."""
+    error: str | None = None
+    assert process.stdout is not None
+    for line in process.stdout:
+        try:
+            event = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # a library printed something
+        if not isinstance(event, dict):
+            continue
+        if event.get("event") == "error":
+            error = str(event.get("message"))
+        on_event(event)
+    process.wait()
+    return error
+
+
+def _last_words(module: str, status: int, stderr: Any) -> str:
+    stderr.seek(0)
+    tail = "".join(stderr.readlines()[-25:]).strip()
+    if status == -signal.SIGKILL:
+        return f"{module} was killed by the system, most often for using too much memory: use a smaller model, batch or sequence. {tail}"
+    how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+    return f"{module} ended with {how}: {tail or 'it printed no error'}"
+
+
+def _import_path() -> str:
+    """The checkout first, so that a child imports the same code whether or not the project is installed."""
+    checkout = str(Path(__file__).resolve().parent.parent)
+    return os.pathsep.join([checkout, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    if process.poll() is not None:
+        return
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(timeout=SAVE_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def stop_children() -> None:
+    """Asks every running child to save and stop; those started from now on are stopped at once.
+
+    Returns at once. A child that is still there after `SAVE_SECONDS` is killed: whoever waits for it must not wait for ever.
+    """
+    _stopping.set()
+    with _lock:
+        children = [process for process in _running if process.poll() is None]
+    for process in children:
+        process.send_signal(signal.SIGTERM)
+    if children:
+        last_resort = threading.Timer(SAVE_SECONDS, lambda: [process.kill() for process in children if process.poll() is None])
+        last_resort.daemon = True
+        last_resort.start()
+
+
+def allow_children() -> None:
+    """Ends the effect of `stop_children`, for the next run in this process."""
+    _stopping.clear()

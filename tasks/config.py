@@ -1,0 +1,59 @@
+"""A whole run as one frozen tree: the model, how it is trained, on what, and how it is exported.
+
+    RunConfig(name="mine", model=LlamaConfig(...), train=SimpleTrainConfig(...), data=Mixture(...))
+
+Used three ways: in Python, as command-line flags, and as the form of a Prefect deployment.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from model.config import LlamaConfig
+from model.config_base import Config, runtime
+from model.train_config import SimpleTrainConfig
+from model.trackers import TrackerName
+from tasks.datasets import Mixture
+
+
+class ExportConfig(Config):
+    """The Hugging Face directory made from the last checkpoint."""
+
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Number format of the exported weights.")
+
+
+class RunConfig(Config):
+    """One run, complete. Two runs whose identity fields are equal are the same run."""
+
+    name: str = runtime(..., pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$", description="Name of the run: directories and trackers use it.")
+    model: LlamaConfig
+    train: SimpleTrainConfig
+    data: Mixture
+    export: ExportConfig = ExportConfig()
+    track: tuple[TrackerName, ...] = runtime((), description="Trackers besides metrics.jsonl; offline without an account.")
+    tags: tuple[str, ...] = runtime((), description="Tags for the trackers.")
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        if self.train.train_seq_len is not None and self.train.train_seq_len > self.model.seq_len:
+            raise ValueError(
+                f"train.train_seq_len={self.train.train_seq_len} is longer than model.seq_len={self.model.seq_len}: "
+                "lower the first or raise the second"
+            )
+        return self
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens in one training sequence."""
+        return self.train.train_seq_len or self.model.seq_len
+
+
+class TrainingStep(Config):
+    """What the training step is told, the mixture aside."""
+
+    model: LlamaConfig
+    train: SimpleTrainConfig
+    track: tuple[TrackerName, ...] = runtime(())
+    tags: tuple[str, ...] = runtime(())

@@ -1,0 +1,32 @@
+"""The export step: the last checkpoint as a directory that `transformers` loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from model.durable import write_json
+from tasks.artifacts import Artifact
+from tasks.caching import StepOutput, step_task
+from tasks.children import run_child
+from tasks.config import ExportConfig
+from tasks.steps import Step
+from tasks.training import training_job
+
+
+def export_body(step: Step, directory: Path, inputs: tuple[Artifact, ...]) -> StepOutput:
+    """Writes config.json, safetensors and the tokenizer from the checkpoint in `inputs[0]`, trained on the mixture `inputs[1]`.
+
+    Raises:
+        ChildFailed: the checkpoint is damaged, or the disk is full.
+    """
+    checkpoint, mixture = inputs
+    config = step.config
+    assert isinstance(config, ExportConfig)
+    job = training_job(step.upstream[0], Path(checkpoint.path), mixture)
+    job_file = directory / ".job.json"
+    write_json(job_file, job.model_dump(mode="json"))
+    run_child("model.export", [str(job_file), str(directory.absolute()), config.dtype], lambda event: None)
+    return StepOutput(stats={"dtype": config.dtype})
+
+
+export_hf = step_task(description="Export to Hugging Face format", tags=["export"])(export_body)

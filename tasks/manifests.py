@@ -1,0 +1,205 @@
+"""The manifest of an artifact: its shape, how it is read, and how a directory is checked against it."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import time
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from tasks import fingerprints
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+DISCARDED = ".manifest.discarded.json"
+DISCARDED_REASON = ".manifest.discarded.txt"
+MAX_MANIFEST_BYTES = 64 << 20
+# A file changed again within the clock tick of its timestamp keeps that timestamp: too young a digest is not kept.
+SETTLED_NANOSECONDS = 2_000_000_000
+
+_SHA256 = r"^[0-9a-f]{64}$"
+_digests: dict[tuple[str, int, int, int, int], str] = {}
+
+
+def identity_fingerprint(kind: str, name: str, config: Any, upstream: list[str], code_version: str) -> str:
+    """The sha256 (64 hexadecimal digits) of everything that decides a result; no path, run id or secret among it.
+
+    config: a Config (its identity fields count) or the JSON values of one. upstream: the inputs' fingerprints in order.
+    """
+    return fingerprints.fingerprint(
+        {"schema": SCHEMA, "kind": kind, "name": name, "config": config, "upstream": upstream, "code_version": code_version}
+    )
+
+
+class FileEntry(BaseModel):
+    """One file of an artifact: its path relative to the directory, size in bytes, and sha256 in hexadecimal."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    path: str
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=_SHA256)
+
+    @field_validator("path")
+    @classmethod
+    def _stay_inside(cls, path: str) -> str:
+        parts = PurePosixPath(path).parts
+        if not parts or path.startswith("/") or ".." in parts or "\0" in path or str(PurePosixPath(path)) != path:
+            raise ValueError(f"the path {path[:80]!r} leaves the artifact's directory")
+        return path
+
+
+class Manifest(BaseModel):
+    """What `manifest.json` states about the directory it lies in; the fingerprint must be that of the other fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True)
+
+    schema_version: int = Field(default=SCHEMA, alias="schema", ge=SCHEMA, le=SCHEMA)
+    kind: str
+    name: str
+    fingerprint: str = Field(pattern=_SHA256)
+    config: Any
+    upstream: list[str]
+    code_version: str
+    files: list[FileEntry]
+    stats: dict[str, Any]
+    created_by: dict[str, str]
+
+    @model_validator(mode="after")
+    def _fingerprint_is_its_own(self) -> Manifest:
+        if self.fingerprint != identity_fingerprint(self.kind, self.name, self.config, self.upstream, self.code_version):
+            raise ValueError("the fingerprint is not that of its kind, name, config, upstream and code_version")
+        return self
+
+    def to_json(self) -> bytes:
+        """The bytes of `manifest.json`: indented ASCII JSON with the fields in declared order."""
+        return (json.dumps(self.model_dump(by_alias=True), indent=1, allow_nan=False) + "\n").encode("ascii")
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One way in which a directory differs from its manifest: `file` relative to the directory, and what is wrong."""
+
+    file: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.file} {self.problem}"
+
+
+def manifest_path(directory: str | Path) -> Path:
+    """The place of the manifest of the artifact in `directory`."""
+    return Path(directory) / MANIFEST
+
+
+def load_manifest(directory: str | Path) -> tuple[Manifest | None, str]:
+    """The manifest and "", or None and why there is none: absent, torn, empty, too large, edited, of another schema.
+
+    Read as JSON and nothing else. Anything but a regular file in its place is not a manifest.
+    """
+    try:
+        data = _read_regular(manifest_path(directory))
+    except (FileNotFoundError, NotADirectoryError):
+        return None, "is missing"
+    except OSError as error:
+        return None, f"cannot be read: {error.strerror}"
+    if not data.strip():
+        return None, "is empty"
+    try:
+        return Manifest.model_validate(json.loads(data)), ""
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        return None, f"is not a manifest of schema {SCHEMA}: {where + ': ' if where else ''}{first['msg']}"
+    except (ValueError, TypeError, RecursionError):
+        return None, "is not JSON (torn or overwritten)"
+
+
+def _read_regular(path: Path) -> bytes:
+    # NONBLOCK: a named pipe in the manifest's place must not hang the run
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(0, "it is not a regular file")
+        if status.st_size > MAX_MANIFEST_BYTES:
+            raise OSError(0, f"it has {status.st_size:,} bytes, more than the {MAX_MANIFEST_BYTES:,} that a manifest can have")
+        return file.read()
+
+
+def read_manifest(directory: str | Path) -> Manifest | None:
+    """The manifest of the artifact in `directory`, or None when there is no usable one (`load_manifest` tells why)."""
+    return load_manifest(directory)[0]
+
+
+def check(directory: str | Path, fingerprint: str | None = None, *, hashes: bool) -> list[Damage]:
+    """Everything in which `directory` differs from its manifest; empty when the artifact can be used.
+
+    fingerprint: what the manifest has to carry, if given. hashes: also compare contents, where a file that was already
+    hashed in this process and has not been touched since is not read again.
+    """
+    manifest, reason = load_manifest(directory)
+    if manifest is None:
+        return [Damage(MANIFEST, reason)]
+    if fingerprint is not None and manifest.fingerprint != fingerprint:
+        return [Damage(MANIFEST, f"holds the fingerprint {manifest.fingerprint[:16]}, not {fingerprint[:16]}")]
+    return check_files(directory, manifest, hashes=hashes)
+
+
+def check_files(directory: str | Path, manifest: Manifest, *, hashes: bool, remember: bool = True) -> list[Damage]:
+    """The files of `directory` that are not as `manifest` states; `remember=False` reads every one of them again."""
+    base = Path(directory)
+    linked: dict[PurePosixPath, bool] = {PurePosixPath("."): False}
+    found = (_check_file(base, entry, linked, hashes, remember) for entry in manifest.files)
+    return [damage for damage in found if damage is not None]
+
+
+def _check_file(base: Path, entry: FileEntry, linked: dict[PurePosixPath, bool], hashes: bool, remember: bool) -> Damage | None:
+    path = base / entry.path
+    try:
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode) or _under_link(base, PurePosixPath(entry.path).parent, linked):
+            return Damage(entry.path, "is not a regular file inside the artifact")
+        if status.st_size != entry.bytes:
+            return Damage(entry.path, f"has {status.st_size:,} bytes instead of {entry.bytes:,}")
+        if hashes and (digest_once(path) if remember else fingerprints.file_digest(path)) != entry.sha256:
+            return Damage(entry.path, "has other contents than when it was committed (its sha256 differs)")
+    except (FileNotFoundError, NotADirectoryError):
+        return Damage(entry.path, "is missing")
+    except OSError as error:
+        return Damage(entry.path, f"cannot be read: {error.strerror}")
+    return None
+
+
+def _under_link(base: Path, parent: PurePosixPath, known: dict[PurePosixPath, bool]) -> bool:
+    """Whether `parent` or a directory above it, below `base`, is a symbolic link; each is looked at once."""
+    if parent not in known:
+        known[parent] = _under_link(base, parent.parent, known) or (base / parent).is_symlink()
+    return known[parent]
+
+
+def digest_once(path: Path) -> str:
+    """The sha256 of the file at `path`, read once in a process for as long as the file is not touched."""
+    status = path.lstat()
+    # inode and ctime too: a file put in another's place with its mtime restored must be read again
+    key = (str(path.absolute()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+    if key in _digests:
+        return _digests[key]
+    now = time.time_ns()
+    digest = fingerprints.file_digest(path)
+    if now - max(status.st_mtime_ns, status.st_ctime_ns) > SETTLED_NANOSECONDS:
+        _digests[key] = digest
+    return digest
+
+
+def discarded_reason(directory: str | Path) -> str | None:
+    """Why the manifest in `directory` was discarded, or None if it was not, or has been written anew since."""
+    try:
+        return (Path(directory) / DISCARDED_REASON).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None

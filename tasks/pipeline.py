@@ -1,0 +1,72 @@
+"""From one run configuration to its steps: raw text -> tokenizer -> tokens -> mixture -> checkpoints -> Hugging Face directory."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from tasks.config import RunConfig, TrainingStep
+from tasks.data_steps import DataSteps, mixture_steps
+from tasks.steps import Step
+
+
+@dataclass(frozen=True)
+class RunSteps:
+    """The steps of one run; `all` has them in an order in which each comes after its inputs."""
+
+    data: DataSteps
+    training: Step
+    export: Step
+
+    @property
+    def all(self) -> tuple[Step, ...]:
+        """Every step, inputs first."""
+        return in_dependency_order((self.export,))
+
+
+def run_steps(config: RunConfig) -> RunSteps:
+    """The steps of a run. Reads the sources' content digests, downloads and computes nothing."""
+    data = mixture_steps(config.data)
+    training = Step(
+        kind="checkpoints",
+        name=config.name,
+        config=TrainingStep(model=config.model, train=config.train, track=config.track, tags=config.tags),
+        upstream=(data.mixture,),
+    )
+    export = Step(kind="hf", name=config.name, config=config.export, upstream=(training, data.mixture), subdirectory_of=training)
+    return RunSteps(data, training, export)
+
+
+def in_dependency_order(targets: tuple[Step, ...]) -> tuple[Step, ...]:
+    """The targets and everything they need, each once, inputs before what uses them."""
+    ordered: dict[str, Step] = {}
+
+    def visit(step: Step) -> None:
+        for upstream in step.upstream:
+            visit(upstream)
+        ordered.setdefault(step.fingerprint, step)
+
+    for target in targets:
+        visit(target)
+    return tuple(ordered.values())
+
+
+def label(step: Step) -> str:
+    """How a person names a step: `tokens/plays`."""
+    return f"{step.kind}/{step.name}"
+
+
+def matching(steps: tuple[Step, ...], pattern: str, flag: str) -> tuple[Step, ...]:
+    """The steps whose label the regular expression finds.
+
+    Raises:
+        ValueError: the pattern is no regular expression or matches no step; names the steps there are.
+    """
+    names = ", ".join(label(step) for step in steps)
+    try:
+        found = tuple(step for step in steps if re.search(pattern, label(step)))
+    except re.error as error:
+        raise ValueError(f"{flag}={pattern!r} is not a regular expression ({error}); the steps are {names}") from None
+    if not found:
+        raise ValueError(f"{flag}={pattern!r} matches no step; the steps are {names}")
+    return found

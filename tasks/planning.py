@@ -1,0 +1,192 @@
+"""What a run would do, before anything is started: which steps are reused and which run, and what the run amounts to.
+
+Imports neither Prefect nor JAX, so `--plan` answers at once.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from model.batch_arithmetic import BatchArithmetic
+from model.config import LlamaConfig
+from model.flops import num_parameters, train_flops_per_token
+from model.trackers import check_trackers
+from tasks.artifacts import check_writable
+from tasks.config import RunConfig
+
+from tasks.datasets import SentencePieceFile, Tokenizer, check_sources
+from tasks.pipeline import label, matching, run_steps
+from tasks.steps import Step
+from tasks.vocabulary_file import inspect_vocabulary
+
+# What a float32 training step of a small model reached on one core of a recent x86 server. Only the order of magnitude is
+# meant: the progress bar knows better after two steps.
+CPU_FLOPS_PER_CORE = 50e9
+BYTES_PER_PARAMETER = 12  # float32 weights and two AdamW moments, as a checkpoint holds them
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """One step and what will happen to it."""
+
+    step: Step
+    action: Literal["reuse", "run", "leave"]
+    why: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do and what it amounts to."""
+
+    config: RunConfig
+    root: Path
+    steps: tuple[PlannedStep, ...]
+    model: LlamaConfig
+    num_parameters: int
+    tokens_per_step: int
+    total_flops: float
+    batch: BatchArithmetic | None  # None: how many devices there are is known only where the training runs
+    seconds: float | None  # training time, where the devices are this machine's cores
+    checkpoint_bytes: int
+
+    @property
+    def forced(self) -> frozenset[str]:
+        """Fingerprints of the steps to run although they are there."""
+        return frozenset(p.step.fingerprint for p in self.steps if p.why == FORCED)
+
+    @property
+    def wanted(self) -> tuple[Step, ...]:
+        """The steps that take part, inputs first."""
+        return tuple(planned.step for planned in self.steps if planned.action != "leave")
+
+
+FORCED = "forced"
+
+
+def plan_run(config: RunConfig, root: str | Path, *, only: str | None = None, force: tuple[str, ...] = ()) -> Plan:
+    """The plan of a run.
+
+    Args:
+        only: regular expression on `kind/name`; just the steps it finds, and what they need, take part.
+        force: regular expressions on `kind/name`; the steps they find run although they are there.
+
+    Raises:
+        ValueError: something about the configuration, the sources or the place to write cannot work; says what to change.
+    """
+    check_run(config, Path(root))
+    steps = run_steps(config).all
+    wanted = steps if only is None else _with_inputs(matching(steps, only, "--only"))
+    forced = {step.fingerprint for pattern in force for step in matching(steps, pattern, "--force")}
+    planned = tuple(_plan_step(step, Path(root), step in wanted, step.fingerprint in forced) for step in steps)
+
+    model = config.model.with_vocab(vocabulary_size(config.data.tokenizer))
+    tokens_per_step = config.train.train_batch_size * config.seq_len
+    total_flops = train_flops_per_token(model, config.seq_len) * tokens_per_step * config.train.num_train_steps
+    devices = local_device_count()
+    return Plan(
+        config=config,
+        root=Path(root),
+        steps=planned,
+        model=model,
+        num_parameters=num_parameters(model),
+        tokens_per_step=tokens_per_step,
+        total_flops=total_flops,
+        batch=None if devices is None else BatchArithmetic.of(config.train, devices),
+        seconds=None if devices is None else total_flops / (CPU_FLOPS_PER_CORE * usable_cores()),
+        checkpoint_bytes=checkpoint_bytes(config, model),
+    )
+
+
+def check_run(config: RunConfig, root: Path) -> None:
+    """Everything that can be known to fail before work starts.
+
+    Raises:
+        ValueError, OSError: naming the field or place, its value, and what to do.
+    """
+    check_sources(config.data)
+    check_trackers(config.track)
+    model = config.model.with_vocab(vocabulary_size(config.data.tokenizer))
+    if (devices := local_device_count()) is not None:
+        BatchArithmetic.of(config.train, devices)
+    check_writable(root)
+    needed, free = checkpoint_bytes(config, model), shutil.disk_usage(root).free
+    if free < needed:
+        raise ValueError(
+            f"--root={root} has {free:,} bytes free, the checkpoints of this run need {needed:,}: free some space, "
+            "choose another --root, or lower train.max_checkpoints"
+        )
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """Ids of the tokenizer: those it will be trained to have, or those in its file.
+
+    Raises:
+        ValueError: the file is no usable vocabulary.
+    """
+    return inspect_vocabulary(tokenizer.path).vocab_size if isinstance(tokenizer, SentencePieceFile) else tokenizer.vocab_size
+
+
+def checkpoint_bytes(config: RunConfig, model: LlamaConfig) -> int:
+    """Disk that the kept checkpoints, one being written, and the export need."""
+    return num_parameters(model) * (BYTES_PER_PARAMETER * (config.train.max_checkpoints + 1) + 4)
+
+
+def local_device_count() -> int | None:
+    """JAX devices of this machine as far as can be told without JAX: CPU devices, or None where a TPU or GPU is attached."""
+    if os.environ.get("JAX_PLATFORMS", "") != "cpu" and (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*") or glob.glob("/dev/nvidia[0-9]*")):
+        return None
+    match = re.search(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    return int(match.group(1)) if match else 1
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _plan_step(step: Step, root: Path, wanted: bool, forced: bool) -> PlannedStep:
+    if not wanted:
+        return PlannedStep(step, "leave", "not asked for")
+    if forced:
+        return PlannedStep(step, "run", FORCED)
+    why = step.explain_miss(root)
+    return PlannedStep(step, "run", why) if why else PlannedStep(step, "reuse", str(step.directory(root)))
+
+
+def _with_inputs(targets: tuple[Step, ...]) -> tuple[Step, ...]:
+    needed: list[Step] = []
+    for step in targets:
+        needed += [*_with_inputs(step.upstream), step]
+    return tuple(needed)
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """The plan's numbers as `name: value` lines are made from these pairs joined by a colon."""
+    from tasks.formatting import duration, flops, number, size
+
+    train, model = plan.config.train, plan.model
+    batch = str(plan.batch) if plan.batch else f"{train.train_batch_size} sequences, divided over the devices where the training runs"
+    mesh = f"data {plan.batch.data} x fsdp {plan.batch.fsdp} x tensor {plan.batch.tensor}" if plan.batch else "decided where the training runs"
+    total = plan.tokens_per_step * train.num_train_steps
+    return [
+        f"model: {number(plan.num_parameters)} parameters: {model.num_layers} layers, width {model.hidden_dim}, mlp {model.intermediate_dim}, "
+        f"{model.num_heads} heads, {model.num_kv_heads} kv heads, vocabulary {model.vocab_size}",
+        f"tokens: {number(total)} = {train.num_train_steps} steps x {number(plan.tokens_per_step)} "
+        f"({train.train_batch_size} sequences of {plan.config.seq_len})",
+        f"compute: {flops(plan.total_flops)} of model work, causal attention at half",
+        f"batch: {batch}",
+        f"mesh: {mesh}, {train.compute_dtype} arithmetic, float32 weights",
+        f"time: about {duration(plan.seconds)} of training on this machine" if plan.seconds else "time: depends on the accelerator",
+        f"disk: up to {size(plan.checkpoint_bytes)} of checkpoints below {plan.root}",
+    ]
+
+
+def plan_rows(plan: Plan) -> list[tuple[str, str, str]]:
+    """`(step, action, why)` of every step, for a table."""
+    return [(label(planned.step), planned.action, planned.why) for planned in plan.steps]

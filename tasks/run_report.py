@@ -1,0 +1,39 @@
+"""What a person sees of a whole run: the plan before it, the summary after it; in the terminal and in the Prefect UI."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from prefect.artifacts import create_markdown_artifact
+from prefect.logging import get_run_logger
+
+from tasks.artifacts import Artifact
+from tasks.planning import Plan, plan_lines, plan_rows
+from tasks.summary import RunSummary
+
+
+def publish_plan(plan: Plan) -> None:
+    """Logs what is reused and what runs, and why, and keeps the plan as an artifact of the flow run."""
+    logger = get_run_logger()
+    for name, action, why in plan_rows(plan):
+        logger.info("%-5s %s (%s)", action, name, why)
+    rows = "\n".join(f"| {name} | {action} | {why} |" for name, action, why in plan_rows(plan))
+    numbers = "\n".join(f"- {line}" for line in plan_lines(plan))
+    _keep(lambda: create_markdown_artifact(f"{numbers}\n\n| step | action | why |\n|---|---|---|\n{rows}", key="plan", description="Plan"))
+
+
+def publish_summary(plan: Plan, artifacts: list[Artifact]) -> None:
+    """Keeps the summary of a finished run as an artifact of the flow run."""
+    summary = RunSummary.of(artifacts)
+    if summary is None:
+        return
+    get_run_logger().info(summary.headline())
+    _keep(lambda: create_markdown_artifact(summary.markdown(), key="run-summary", description=f"Summary of {plan.config.name}"))
+
+
+def _keep(create: Callable[[], Any]) -> None:
+    try:
+        create()
+    except Exception as error:
+        get_run_logger().warning("the Prefect API does not take artifacts (%s); the run goes on", error)

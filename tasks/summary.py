@@ -1,0 +1,86 @@
+"""The outcome of a run, read from the manifests of its artifacts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model.metrics import read_json_lines
+from tasks.artifacts import Artifact, read_manifest
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """Losses, samples and places of a finished training run."""
+
+    name: str
+    directory: Path
+    hf_directory: Path | None
+    step: int
+    final: dict[str, float]
+    samples: list[dict[str, Any]]
+    unigram_entropy: float | None
+
+    @classmethod
+    def of(cls, artifacts: list[Artifact]) -> RunSummary | None:
+        """The summary of the training among `artifacts`; None when they hold none."""
+        by_kind = {artifact.kind: artifact for artifact in artifacts}
+        if (training := by_kind.get("checkpoints")) is None or (manifest := read_manifest(training.path)) is None:
+            return None
+        mixture = read_manifest(by_kind["mixtures"].path) if "mixtures" in by_kind else None
+        return cls(
+            name=training.name,
+            directory=Path(training.path),
+            hf_directory=Path(by_kind["hf"].path) if "hf" in by_kind else None,
+            step=manifest.stats["step"],
+            final=manifest.stats["final"],
+            samples=manifest.stats["samples"],
+            unigram_entropy=None if mixture is None else mixture.stats.get("unigram_entropy"),
+        )
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        return read_json_lines(self.directory / "metrics.jsonl")
+
+    def held_out(self) -> list[tuple[str, float | None, float | None]]:
+        """`(component, nats per token, bits per byte)` of the last evaluation, all components together first."""
+        names = [key.split("/")[1] for key in self.final if key.startswith("eval/") and key.count("/") == 2 and key.endswith("/loss")]
+        together = [("all", self.final.get("eval/loss"), self.final.get("eval/bpb"))] if "eval/loss" in self.final else []
+        return together + [(name, self.final.get(f"eval/{name}/loss"), self.final.get(f"eval/{name}/bpb")) for name in names]
+
+    def headline(self) -> str:
+        """One line: the losses, with the unigram entropy beside them."""
+        parts = [f"step {self.step}", f"train loss {self.final['train/loss']:.4f}"]
+        if "eval/loss" in self.final:
+            parts.append(f"held-out loss {self.final['eval/loss']:.4f}")
+        if "eval/bpb" in self.final:
+            parts.append(f"{self.final['eval/bpb']:.4f} bits per byte")
+        if self.unigram_entropy is not None:
+            parts.append(f"unigram entropy of the text {self.unigram_entropy:.4f}")
+        return ", ".join(parts)
+
+    def places(self) -> list[tuple[str, Path]]:
+        """What lies where."""
+        places = [
+            ("checkpoint", self.directory / "checkpoints" / str(self.step)),
+            ("metrics", self.directory / "metrics.jsonl"),
+            ("loss curve", self.directory / "loss.png"),
+            ("loss curve, interactive", self.directory / "loss.html"),
+            ("samples", self.directory / "samples.jsonl"),
+        ]
+        return places + ([("Hugging Face directory", self.hf_directory)] if self.hf_directory else [])
+
+    def markdown(self) -> str:
+        """The summary for the Prefect UI."""
+        held_out = "\n".join(f"| {name} | {_four(loss)} | {_four(bpb)} |" for name, loss, bpb in self.held_out())
+        places = "\n".join(f"- {what}: `{path}`" for what, path in self.places())
+        samples = "\n\n".join(f"> {sample['text']}".replace("\n", "\n> ") for sample in self.samples)
+        return (
+            f"# {self.name}\n\n{self.headline()}\n\n| held-out | nats per token | bits per byte |\n|---|---|---|\n{held_out}\n\n"
+            f"## Samples\n\n{samples}\n\n## Where everything lies\n\n{places}\n"
+        )
+
+
+def _four(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

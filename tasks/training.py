@@ -1,0 +1,75 @@
+"""The training step: starts `python -m model.trainer` as a child, shows how it goes, and commits its last checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from model.durable import write_json
+from model.metrics import read_json_lines, read_samples
+from model.job import TrainingJob
+from tasks.artifacts import Artifact
+from tasks.caching import StepOutput, step_task
+from tasks.children import ChildStopped, run_child
+from tasks.config import TrainingStep
+from tasks.steps import Step
+from tasks.training_report import TrainingReport
+
+STOPPED = 75  # exit status of a trainer that saved and stopped because it was asked to
+
+
+def training_job(step: Step, directory: Path, mixture: Artifact) -> TrainingJob:
+    """What the trainer is told for this step."""
+    config = step.config
+    assert isinstance(config, TrainingStep)
+    return TrainingJob(
+        name=step.name,
+        fingerprint=step.fingerprint,
+        directory=directory.absolute(),
+        mixture=Path(mixture.path).absolute(),
+        model=config.model,
+        train=config.train,
+        track=config.track,
+        tags=config.tags,
+    )
+
+
+def train_body(step: Step, directory: Path, inputs: tuple[Artifact, ...]) -> StepOutput:
+    """Trains from the newest verified checkpoint to the last step. What a kill leaves is continued by the next call.
+
+    Raises:
+        ChildFailed: the trainer named an error.
+        ChildStopped: it saved and stopped; the message says how to continue.
+    """
+    job = training_job(step, directory, inputs[0])
+    job_file = directory / ".job.json"
+    write_json(job_file, job.model_dump(mode="json"))
+    report = TrainingReport(job)
+    try:
+        with report:
+            run_child("model.trainer", [str(job_file)], report.on_event, stopped_status=STOPPED)
+    except ChildStopped:
+        saved = f"saved at step {report.step} of {job.train.num_train_steps}"
+        raise ChildStopped(f"training {job.name} was stopped and {saved}: run the same command again to continue") from None
+    last = directory / "checkpoints" / str(job.train.num_train_steps)
+    files = [directory / name for name in ("metrics.jsonl", "samples.jsonl", "loss.png", "loss.html")]
+    files += [path for path in last.rglob("*") if path.is_file()]
+    report.publish()
+    return StepOutput(stats=training_stats(directory, report), files=[path for path in files if path.exists()])
+
+
+def training_stats(directory: Path, report: TrainingReport) -> dict[str, Any]:
+    """The last values of the curves and the last samples: what a summary shows without opening the files."""
+    rows = read_json_lines(directory / "metrics.jsonl")
+    final: dict[str, Any] = {}
+    for row in rows:
+        final.update({key: value for key, value in row.items() if key.startswith(("train/", "eval/")) and not key.endswith("time")})
+    return {
+        "step": rows[-1]["step"] if rows else 0,
+        "final": final,
+        "samples": read_samples(directory / "samples.jsonl"),
+        "num_parameters": report.started.get("num_parameters"),
+    }
+
+
+train = step_task(description="Train the model", tags=["training"])(train_body)

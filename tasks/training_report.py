@@ -1,0 +1,148 @@
+"""How a training run looks while it goes: a progress bar where there is a terminal, log lines where there is none,
+and artifacts in the Prefect UI in both cases.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+from uuid import UUID
+
+from prefect.artifacts import (
+    create_image_artifact,
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+from prefect.logging import get_run_logger
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from model.job import TrainingJob
+from model.metrics import read_json_lines, read_samples
+from tasks.formatting import duration, number
+
+UI_SECONDS = 5.0
+LOG_SECONDS = 15.0
+
+
+class TrainingReport:
+    """Follows the trainer's events. What it shows is a view: a Prefect API that is away never stops the training."""
+
+    def __init__(self, job: TrainingJob) -> None:
+        self.started: dict[str, Any] = {}
+        self.step = 0
+        self._job = job
+        self._log = get_run_logger()
+        self._console = Console(stderr=True)
+        self._bar: Progress | None = None
+        self._bar_task = TaskID(0)
+        self._progress_id: UUID | None = None
+        self._shown_in_ui = self._shown_in_log = 0.0
+        self._api_failed = False
+
+    def __enter__(self) -> TrainingReport:
+        if self._console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                TextColumn("step {task.completed:.0f}/{task.total:.0f}  loss {task.fields[loss]}  {task.fields[speed]} tok/s  {task.fields[left]} left"),
+            )
+            self._bar = Progress(*columns, console=self._console, transient=False)
+            self._bar_task = self._bar.add_task(
+                f"train {self._job.name}", total=self._job.train.num_train_steps, loss="-", speed="-", left="?"
+            )
+            self._bar.start()
+        self._progress_id = self._api(lambda: create_progress_artifact(0.0, key="train-progress", description=f"Training {self._job.name}"))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def on_event(self, event: dict[str, Any]) -> None:
+        """Shows one event of the trainer."""
+        handler = {"start": self._on_start, "progress": self._on_progress, "eval": self._on_eval, "stopped": self._on_stopped}
+        if (handle := handler.get(str(event.get("event")))) is not None:
+            handle(event)
+
+    def _on_start(self, event: dict[str, Any]) -> None:
+        self.started = event
+        self.step = event["start_step"]
+        for skipped in event["skipped_checkpoints"]:
+            self._log.warning(skipped)
+        if self.step:
+            self._log.info("resuming from the checkpoint of step %d, verified", self.step)
+        mesh = " x ".join(f"{axis} {size}" for axis, size in event["mesh"].items())
+        self._log.info(
+            "%s parameters on %s, mesh %s, %d microbatch(es); decayed: %s",
+            number(event["num_parameters"]),
+            event["device_kind"],
+            mesh,
+            event["microbatches"],
+            ", ".join(event["decayed"]),
+        )
+
+    def _on_progress(self, event: dict[str, Any]) -> None:
+        self.step = event["step"]
+        speed = number(event["tokens_per_second"]) if event["tokens_per_second"] else "-"
+        left = duration(event["seconds_left"]) if event["seconds_left"] is not None else "?"
+        loss = f"{event['loss']:.4f}"
+        if self._bar is not None:
+            self._bar.update(self._bar_task, completed=self.step, loss=loss, speed=speed, left=left)
+        now = time.monotonic()
+        total = self._job.train.num_train_steps
+        if self._bar is None and (now - self._shown_in_log > LOG_SECONDS or self.step == total):
+            self._shown_in_log = now
+            self._log.info("step %d/%d  loss %s  %s tok/s  %s left", self.step, total, loss, speed, left)
+        if self._progress_id is not None and (now - self._shown_in_ui > UI_SECONDS or self.step == total):
+            self._shown_in_ui = now
+            progress_id, percent = self._progress_id, 100.0 * self.step / total
+            self._api(lambda: update_progress_artifact(progress_id, progress=percent))
+
+    def _on_eval(self, event: dict[str, Any]) -> None:
+        metrics = event["metrics"]
+        parts = [f"{key.removeprefix('eval/')} {value:.4f}" for key, value in metrics.items() if not key.endswith("time")]
+        text = f"step {event['step']} held-out: {'  '.join(parts)}"
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False)
+        else:
+            self._log.info(text)
+
+    def _on_stopped(self, event: dict[str, Any]) -> None:
+        self.step = event["step"]
+
+    def publish(self) -> None:
+        """The finished run in the Prefect UI: metrics table, loss curve, samples, and where everything lies."""
+        directory = self._job.directory
+        rows = read_json_lines(directory / "metrics.jsonl")
+        table = [{key: row.get(key, "") for key in ("step", "train/loss", "eval/loss", "eval/bpb")} for row in rows]
+        self._api(lambda: create_table_artifact(_thin(table), key="train-metrics", description=f"Metrics of {self._job.name}"))
+        curve = directory / "loss.png"
+        if curve.exists():
+            image = "data:image/png;base64," + base64.b64encode(curve.read_bytes()).decode()
+            self._api(lambda: create_image_artifact(image, key="loss-curve", description=f"Loss of {self._job.name}"))
+        samples = "\n\n".join(f"**{s['prompt']}**\n\n```\n{s['text']}\n```" for s in read_samples(directory / "samples.jsonl"))
+        self._api(lambda: create_markdown_artifact(samples or "no samples", key="samples", description=f"Samples of {self._job.name}"))
+        self._api(lambda: create_link_artifact(directory.as_uri(), link_text=str(directory), key="checkpoint", description="Checkpoint"))
+
+    def _api(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except Exception as error:
+            if not self._api_failed:
+                self._api_failed = True
+                logging.getLogger(__name__).warning("the Prefect API does not take artifacts (%s); training goes on", error)
+            return None
+
+
+def _thin(rows: list[dict[str, Any]], most: int = 200) -> list[dict[str, Any]]:
+    """At most `most` rows: evenly spread ones, every row with an evaluation, and the last."""
+    stride = max(1, -(-len(rows) // most))
+    return [row for i, row in enumerate(rows) if i % stride == 0 or row["eval/loss"] != "" or i == len(rows) - 1]

@@ -1,0 +1,383 @@
+"""Artifacts exist through a manifest written last; damage is named, never used; full and read-only disks are told."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from model.config_base import Config
+from tasks import artifacts, fingerprints, manifests, storage
+from tasks.artifacts import (
+    Artifact,
+    ArtifactDamaged,
+    ArtifactError,
+    ArtifactMissing,
+    StorageError,
+    check,
+    check_writable,
+    commit,
+    discard_damaged,
+    discard_manifest,
+    empty_directory,
+    list_files,
+    load_manifest,
+    open_artifact,
+    read_manifest,
+)
+from tasks.steps import Step
+
+
+class Reading(Config):
+    source: str = "plays"
+
+
+STEP = Step("raw", "plays", Reading())
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """A directory with two data files, not yet committed."""
+    base = STEP.directory(tmp_path)
+    (base / "shard-0").mkdir(parents=True)
+    (base / "a.txt").write_bytes(b"alpha")
+    (base / "shard-0" / "tokens.bin").write_bytes(b"\1\2\3\4")
+    return base
+
+
+
+def test_commit_states_every_file_and_opens_again(directory: Path):
+    artifact = commit(directory, STEP, stats={"tokens": 4})
+    assert artifact == Artifact(kind="raw", name="plays", path=str(directory), fingerprint=STEP.fingerprint)
+    manifest = read_manifest(directory)
+    assert manifest is not None
+    assert [(entry.path, entry.bytes) for entry in manifest.files] == [("a.txt", 5), ("shard-0/tokens.bin", 4)]
+    assert manifest.files[0].sha256 == fingerprints.file_digest(directory / "a.txt")
+    assert (manifest.kind, manifest.name, manifest.fingerprint) == ("raw", "plays", STEP.fingerprint)
+    assert (manifest.config, manifest.stats, manifest.upstream) == ({"source": "plays"}, {"tokens": 4}, [])
+    assert open_artifact(directory, STEP.fingerprint) == artifact
+
+
+def test_the_manifest_has_the_documented_keys_and_equal_work_leaves_equal_bytes(directory: Path):
+    commit(directory, STEP, stats={"tokens": 4})
+    first = (directory / "manifest.json").read_bytes()
+    keys = ["schema", "kind", "name", "fingerprint", "config", "upstream", "code_version", "files", "stats", "created_by"]
+    assert list(json.loads(first)) == keys
+    commit(directory, STEP, stats={"tokens": 4})
+    assert (directory / "manifest.json").read_bytes() == first
+
+
+def test_the_manifest_is_written_last(directory: Path, monkeypatch: pytest.MonkeyPatch):
+    events: list[str] = []
+    for name in ("sync_file", "sync_directory"):
+        real = getattr(storage, name)
+        monkeypatch.setattr(artifacts, name, lambda path, real=real, name=name: (events.append(f"{name} {Path(path).name}"), real(path)))
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: (events.append(f"rename {Path(new).name}"), replace(old, new)))
+    commit(directory, STEP, stats={}, still_owner=lambda: events.append("still owner?"))
+    rename = events.index("rename manifest.json")
+    assert events[rename - 1] == "still owner?"
+    assert {"sync_file a.txt", "sync_file tokens.bin", "sync_directory shard-0"} <= set(events[:rename])
+    assert events[rename + 1] == f"sync_directory {directory.name}"
+
+
+def test_an_owner_that_lost_the_step_commits_nothing(directory: Path):
+    def lost() -> None:
+        raise RuntimeError("lost")
+
+    with pytest.raises(RuntimeError, match="lost"):
+        commit(directory, STEP, stats={}, still_owner=lost)
+    assert sorted(path.name for path in directory.iterdir()) == ["a.txt", "shard-0"]
+
+
+def test_hidden_files_and_directories_with_their_own_manifest_are_left_out(directory: Path):
+    export = Step("hf", "plays", Reading(), subdirectory_of=STEP)
+    (directory / "hf").mkdir()
+    (directory / "hf" / "model.safetensors").write_bytes(b"w")
+    commit(directory / "hf", export, stats={})
+    (directory / ".job.json").write_text("{}")
+    assert list(list_files(directory)) == ["a.txt", "shard-0/tokens.bin"]
+    assert [entry.path for entry in commit_and_read(directory).files] == ["a.txt", "shard-0/tokens.bin"]
+
+
+def commit_and_read(directory: Path, **options):
+    commit(directory, STEP, stats={}, **options)
+    manifest = read_manifest(directory)
+    assert manifest is not None
+    return manifest
+
+
+def test_chosen_files_may_be_relative_or_absolute(directory: Path):
+    manifest = commit_and_read(directory, files=["shard-0/tokens.bin", directory / "a.txt", "a.txt"])
+    assert [entry.path for entry in manifest.files] == ["a.txt", "shard-0/tokens.bin"]
+
+
+@pytest.mark.parametrize("file", ["../outside", "/etc/hostname", "shard-0/../../outside", "linked/outside", "link"])
+def test_files_outside_are_refused(directory: Path, file: str):
+    (directory.parent / "outside").write_text("x")
+    (directory / "linked").symlink_to(directory.parent)
+    (directory / "link").symlink_to(directory.parent / "outside")
+    with pytest.raises(ArtifactError, match=r"is not inside"):
+        commit(directory, STEP, files=[file], stats={})
+    assert read_manifest(directory) is None
+
+
+@pytest.mark.parametrize("make", ["link", "fifo"])
+def test_links_and_special_files_are_refused(directory: Path, make: str):
+    if make == "link":
+        (directory / "x").symlink_to("a.txt")
+    else:
+        os.mkfifo(directory / "x")
+    with pytest.raises(ArtifactError, match="link or a special file"):
+        commit(directory, STEP, stats={})
+
+
+def test_stats_that_are_no_json_fail_before_anything_is_hashed(directory: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(artifacts, "digest_once", lambda path: pytest.fail("hashed"))
+    with pytest.raises(TypeError, match=r"stats\.x"):
+        commit(directory, STEP, stats={"x": object()})
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda base: (base / "a.txt").unlink(), "a.txt is missing"),
+        (lambda base: (base / "a.txt").write_bytes(b""), "a.txt has 0 bytes instead of 5"),
+        (lambda base: os.truncate(base / "shard-0" / "tokens.bin", 3), "shard-0/tokens.bin has 3 bytes instead of 4"),
+        (lambda base: (base / "a.txt").write_bytes(b"alphb"), "a.txt has other contents"),
+        (lambda base: ((base / "a.txt").rename(base / "b"), (base / "a.txt").symlink_to("b")), "a.txt is not a regular file"),
+        (lambda base: ((base / "shard-0").rename(base / "s"), (base / "shard-0").symlink_to("s")), "shard-0/tokens.bin is not a regular"),
+    ],
+    ids=["deleted", "emptied", "truncated", "bit flip", "link", "linked directory"],
+)
+def test_damage_is_named_and_refused(directory: Path, damage, named: str):
+    commit(directory, STEP, stats={})
+    open_artifact(directory, STEP.fingerprint)
+    damage(directory)
+    with pytest.raises(ArtifactDamaged, match="rebuilds this step") as raised:
+        open_artifact(directory, STEP.fingerprint)
+    assert named in str(raised.value)
+    assert any(str(found).startswith(named) for found in check(directory, STEP.fingerprint, hashes=True))
+
+
+def test_sizes_alone_do_not_see_a_bit_flip_and_hashes_do(directory: Path):
+    commit(directory, STEP, stats={})
+    (directory / "a.txt").write_bytes(b"alphb")
+    assert check(directory, hashes=False) == []
+    assert len(check(directory, hashes=True)) == 1
+
+
+def test_a_bit_flip_with_restored_timestamps_is_seen(directory: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(manifests, "SETTLED_NANOSECONDS", -1)
+    commit(directory, STEP, stats={})
+    before = (directory / "a.txt").stat()
+    (directory / "a.txt").write_bytes(b"alphb")
+    os.utime(directory / "a.txt", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert [damage.file for damage in check(directory, hashes=True)] == ["a.txt"]
+
+
+def test_files_are_hashed_once_in_a_process_unless_they_are_too_young(directory: Path, monkeypatch: pytest.MonkeyPatch):
+    reads: list[str] = []
+    real = fingerprints.file_digest
+    monkeypatch.setattr(fingerprints, "file_digest", lambda path: (reads.append(Path(path).name), real(path))[1])
+    commit(directory, STEP, stats={})
+    open_artifact(directory, STEP.fingerprint)
+    assert len(reads) == 4, "files younger than the clock's tick are read again"
+    monkeypatch.setattr(manifests, "SETTLED_NANOSECONDS", -1)
+    reads.clear()
+    open_artifact(directory, STEP.fingerprint)
+    open_artifact(directory, STEP.fingerprint)
+    assert sorted(reads) == ["a.txt", "tokens.bin"]
+
+
+def edited(**changes):
+    def edit(data: bytes) -> bytes:
+        return json.dumps({**json.loads(data), **changes}).encode()
+
+    return edit
+
+
+GOOD = {"bytes": 5, "sha256": "0" * 64}
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (lambda data: b"", "is empty"),
+        (lambda data: data[: len(data) // 2], "is not JSON"),
+        (lambda data: b"\x80\x04\x95garbage.", "is not JSON"),
+        (lambda data: b"[" * 200_000, "is not JSON"),
+        (lambda data: b"[]", "is not a manifest"),
+        (edited(schema=2), "is not a manifest of schema 1: schema"),
+        (edited(extra=1), "is not a manifest of schema 1: extra"),
+        (edited(config={"source": "novels"}), "the fingerprint is not that of its"),
+        (edited(name="novels"), "the fingerprint is not that of its"),
+        (edited(files=[{"path": "../../x", **GOOD}]), "leaves the artifact's directory"),
+        (edited(files=[{"path": "/etc/passwd", **GOOD}]), "leaves the artifact's directory"),
+        (edited(files=[{"path": "a\0b", **GOOD}]), "leaves the artifact's directory"),
+        (edited(files=[{"path": "", **GOOD}]), "leaves the artifact's directory"),
+        (edited(files=[{"path": "a", "bytes": "5", "sha256": "0" * 64}]), "bytes"),
+    ],
+)
+def test_a_manifest_that_is_not_right_is_none_at_all(directory: Path, edit, reason: str):
+    commit(directory, STEP, stats={})
+    path = directory / "manifest.json"
+    path.write_bytes(edit(path.read_bytes()))
+    manifest, why = load_manifest(directory)
+    assert manifest is None
+    assert reason in why
+    with pytest.raises(ArtifactMissing, match=r"manifest\.json is"):
+        open_artifact(directory, STEP.fingerprint)
+
+
+def test_a_manifest_is_a_regular_file_of_reasonable_size(directory: Path, monkeypatch: pytest.MonkeyPatch):
+    assert load_manifest(directory) == (None, "is missing")
+    assert load_manifest(directory / "a.txt") == (None, "is missing")
+    os.mkfifo(directory / "manifest.json")
+    assert "not a regular file" in load_manifest(directory)[1]
+    (directory / "manifest.json").unlink()
+    commit(directory, STEP, stats={})
+    monkeypatch.setattr(manifests, "MAX_MANIFEST_BYTES", 100)
+    assert "more than the 100" in load_manifest(directory)[1]
+
+
+def test_another_fingerprint_is_missing(directory: Path):
+    commit(directory, STEP, stats={})
+    other = Step("raw", "plays", Reading(source="novels")).fingerprint
+    with pytest.raises(ArtifactMissing, match=STEP.fingerprint[:16]):
+        open_artifact(directory, other)
+    assert [damage.file for damage in check(directory, other, hashes=False)] == ["manifest.json"]
+
+
+def test_a_discarded_manifest_is_used_by_nobody(directory: Path):
+    commit(directory, STEP, stats={})
+    discard_manifest(directory, "why")
+    discard_manifest(directory, "again")
+    with pytest.raises(ArtifactMissing):
+        open_artifact(directory, STEP.fingerprint)
+    assert list(list_files(directory)) == ["a.txt", "shard-0/tokens.bin"]
+
+
+def test_damaged_files_are_removed_so_that_no_step_continues_from_them(directory: Path):
+    commit(directory, STEP, stats={})
+    (directory / "a.txt").write_bytes(b"alphb")
+    discard_damaged(directory, check(directory, hashes=True), "why")
+    assert list(list_files(directory)) == ["shard-0/tokens.bin"]
+    assert read_manifest(directory) is None
+
+
+def test_removing_damage_never_follows_a_link(directory: Path, tmp_path: Path):
+    commit(directory, STEP, stats={})
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "tokens.bin").write_bytes(b"mine")
+    os.replace(directory / "shard-0", directory / ".old")
+    (directory / "shard-0").symlink_to(tmp_path / "mine")
+    discard_damaged(directory, check(directory, hashes=True), "why")
+    assert (tmp_path / "mine" / "tokens.bin").read_bytes() == b"mine"
+    assert not (directory / "shard-0").exists()
+
+
+def test_a_directory_in_a_files_place_and_a_file_in_a_directorys_place_are_moved_away(directory: Path):
+    commit(directory, STEP, stats={})
+    (directory / "a.txt").unlink()
+    (directory / "a.txt").mkdir()
+    os.replace(directory / "shard-0", directory / ".old")
+    (directory / "shard-0").write_text("x")
+    discard_damaged(directory, check(directory, hashes=True), "why")
+    assert list(list_files(directory)) == []
+
+
+def test_empty_directory_forgets_everything_but_never_what_a_link_leads_to(directory: Path, tmp_path: Path):
+    commit(directory, STEP, stats={})
+    link = tmp_path / "raw" / "linked"
+    link.symlink_to(directory)
+    empty_directory(link)
+    assert not link.is_symlink()
+    assert list(link.iterdir()) == []
+    assert open_artifact(directory, STEP.fingerprint)
+    empty_directory(directory)
+    assert list(directory.iterdir()) == []
+    assert not list(tmp_path.glob("raw/.discarded-*"))
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(errno.ENOSPC, "bytes are free"), (errno.EROFS, "another directory with --root"), (errno.EACCES, "another directory")]
+)
+def test_storage_errors_have_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(StorageError, match=words) as raised:
+        check_writable(tmp_path / "root")
+    assert raised.value.errno == number
+    assert list(tmp_path.rglob(".tmp-*")) == []
+
+
+def test_other_errors_stay_what_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "fsync", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
+    with pytest.raises(OSError, match="broken") as raised:
+        check_writable(tmp_path)
+    assert not isinstance(raised.value, StorageError)
+
+
+def test_check_writable_leaves_nothing_behind(tmp_path: Path):
+    check_writable(tmp_path / "new" / "root")
+    assert list((tmp_path / "new" / "root").iterdir()) == []
+
+
+def test_a_file_too_large_for_the_disk_leaves_no_manifest_and_the_next_commit_succeeds(directory: Path):
+    code = (
+        "import resource, sys; from pathlib import Path; resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64));"
+        "from tasks.artifacts import commit; from tests_step import STEP; commit(Path(sys.argv[1]), STEP, stats={})"
+    )
+    (directory.parent / "tests_step.py").write_text(
+        "from model.config_base import Config\nfrom tasks.steps import Step\n"
+        "class Reading(Config):\n    source: str = 'plays'\nSTEP = Step('raw', 'plays', Reading())\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(directory.parent), os.getcwd()]), "PYTHONDONTWRITEBYTECODE": "1"}
+    child = subprocess.run([sys.executable, "-c", code, str(directory)], env=environment, capture_output=True, text=True)
+    assert child.returncode != 0
+    assert "StorageError" in child.stderr
+    assert "bytes are needed" in child.stderr
+    assert sorted(path.name for path in directory.iterdir()) == ["a.txt", "shard-0"]
+    assert commit(directory, STEP, stats={})
+
+
+def test_a_kill_at_any_moment_of_a_commit_leaves_all_or_nothing(directory: Path):
+    """A child is killed after each of its system calls that change the disk; what it leaves is absent or complete."""
+    code = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+from tasks import artifacts, storage
+from model.config_base import Config
+from tasks.steps import Step
+class Reading(Config):
+    source: str = "plays"
+left = int(sys.argv[2])
+def dying(real):
+    def call(*args, **kwargs):
+        global left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+    return call
+for name in ("open", "fsync", "replace", "unlink"):
+    setattr(os, name, dying(getattr(os, name)))
+artifacts.commit(Path(sys.argv[1]), Step("raw", "plays", Reading()), stats={})
+"""
+    seen = set()
+    for moment in range(0, 40, 2):
+        child = subprocess.run([sys.executable, "-c", code, str(directory), str(moment), os.getcwd()])
+        seen.add((child.returncode, read_manifest(directory) is not None))
+        if child.returncode == 0:
+            break
+        assert not os.path.lexists(directory / "manifest.json") or open_artifact(directory, STEP.fingerprint)
+        (directory / "manifest.json").unlink(missing_ok=True)
+    assert seen >= {(-9, False), (-9, True), (0, True)}
+    assert list(list_files(directory)) == ["a.txt", "shard-0/tokens.bin"]

@@ -1,0 +1,119 @@
+"""Generation with the cache against `forward` run afresh for every token; sampling, stopping, refusals."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model.config import LlamaConfig
+from model.generate import generate
+from model.llama import forward, init_params
+from model.partitioning import make_mesh, param_shardings
+
+CONFIG = LlamaConfig(seq_len=64, hidden_dim=32, intermediate_dim=48, num_layers=2, num_heads=4, num_kv_heads=2, vocab_size=50)
+PROMPTS = [[1, 7, 9], [1], [1, 3, 5, 7, 11, 13, 17, 19, 23, 29]]
+
+
+@pytest.fixture(scope="module")
+def params() -> dict:
+    # The initial embedding is so small that all logits are nearly equal; larger weights make choices clear.
+    return jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, init_params(CONFIG, jax.random.key(0)))
+
+
+def greedy_by_forward(params: dict, prompt: list[int], count: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(jnp.argmax(forward(params, jnp.array([tokens]), CONFIG)[0, -1])))
+    return tokens[len(prompt) :]
+
+
+def test_greedy_with_the_cache_equals_forward_from_scratch(params: dict) -> None:
+    generated = generate(params, CONFIG, PROMPTS, max_new_tokens=12, temperature=0.0, seed=0)
+    assert generated == [greedy_by_forward(params, prompt, 12) for prompt in PROMPTS]
+    assert len({tuple(row) for row in generated}) == 3
+
+
+def test_parameters_on_a_mesh_and_on_the_host_generate_the_same(params: dict) -> None:
+    expected = generate(params, CONFIG, PROMPTS, max_new_tokens=5, temperature=0.0, seed=0)
+    mesh = make_mesh(tensor=2)
+    assert (
+        generate(jax.device_put(params, param_shardings(CONFIG, mesh)), CONFIG, PROMPTS, max_new_tokens=5, temperature=0.0, seed=0)
+        == expected
+    )
+    assert generate(jax.tree.map(np.asarray, params), CONFIG, PROMPTS, max_new_tokens=5, temperature=0.0, seed=0) == expected
+
+
+def test_rows_end_with_the_first_eos(params: dict) -> None:
+    free = generate(params, CONFIG, PROMPTS, max_new_tokens=12, temperature=0.0, seed=0)
+    eos_id = free[0][4]
+    stopped = generate(params, CONFIG, PROMPTS, max_new_tokens=12, temperature=0.0, seed=0, eos_id=eos_id)
+    for row, full in zip(stopped, free, strict=True):
+        assert row == (full[: full.index(eos_id) + 1] if eos_id in full else full)
+    assert len(stopped[0]) <= 5
+
+
+def test_the_seed_decides_the_sample(params: dict) -> None:
+    def sample(seed: int) -> list[list[int]]:
+        return generate(params, CONFIG, PROMPTS, max_new_tokens=12, temperature=1.0, seed=seed)
+
+    assert sample(3) == sample(3)
+    assert sample(3) != sample(4)
+    same_prompt = generate(params, CONFIG, [[1, 7], [1, 7]], max_new_tokens=12, temperature=1.0, seed=3)
+    assert same_prompt[0] != same_prompt[1], "rows must not share their random numbers"
+
+
+def test_a_row_does_not_depend_on_the_other_prompts(params: dict) -> None:
+    together = generate(params, CONFIG, PROMPTS, max_new_tokens=8, temperature=0.7, seed=5)
+    assert generate(params, CONFIG, PROMPTS[:1], max_new_tokens=8, temperature=0.7, seed=5) == together[:1]
+
+
+def test_samples_follow_the_distribution(params: dict) -> None:
+    logits = forward(params, jnp.array([[1, 7]]), CONFIG)[0, -1] / 1.5
+    rows = generate(params, CONFIG, [[1, 7]] * 2000, max_new_tokens=1, temperature=1.5, seed=0)
+    observed = np.bincount([row[0] for row in rows], minlength=50) / 2000
+    np.testing.assert_allclose(observed, jax.nn.softmax(logits), atol=0.045)
+
+
+def test_top_p_samples_from_the_nucleus_only(params: dict) -> None:
+    probabilities = np.asarray(jax.nn.softmax(forward(params, jnp.array([[1, 7]]), CONFIG)[0, -1] / 2.0))
+    order = np.argsort(-probabilities)
+    size = int(np.searchsorted(np.cumsum(probabilities[order]), 0.5)) + 1
+    assert 1 < size < 50
+    rows = generate(params, CONFIG, [[1, 7]] * 500, max_new_tokens=1, temperature=2.0, top_p=0.5, seed=1)
+    assert {row[0] for row in rows} == set(order[:size].tolist())
+    tiny = generate(params, CONFIG, [[1, 7]] * 8, max_new_tokens=1, temperature=2.0, top_p=1e-6, seed=1)
+    assert tiny == [[int(order[0])]] * 8
+
+
+def test_prompts_of_similar_length_share_one_compilation(params: dict) -> None:
+    with jax.log_compiles(False):
+        generate(params, CONFIG, [[1, 2]], max_new_tokens=3, temperature=0.5, seed=0)
+        from model.generate import _generate
+
+        before = _generate._cache_size()
+        generate(params, CONFIG, [[1, 2, 3, 4]], max_new_tokens=3, temperature=0.9, top_p=0.5, seed=9, eos_id=4)
+        assert _generate._cache_size() == before
+
+
+def test_no_prompts_no_work(params: dict) -> None:
+    assert generate(params, CONFIG, [], max_new_tokens=3, temperature=0.0, seed=0) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompts": [[1], []]}, r"prompts\[1\] is empty"),
+        ({"prompts": [[1, 50]]}, r"prompts\[0\] has an id outside \[0, 50\)"),
+        ({"prompts": [[-1]]}, "outside"),
+        ({"prompts": [[1] * 60]}, "exceed model.seq_len=64"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"temperature": -1.0}, "temperature=-1"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"top_p": 0.0}, "top_p=0"),
+        ({"seed": -1}, "seed=-1"),
+    ],
+)
+def test_bad_arguments_are_named(params: dict, change: dict, message: str) -> None:
+    arguments = {"prompts": [[1]], "max_new_tokens": 8, "temperature": 1.0, "top_p": 1.0, "seed": 0, **change}
+    with pytest.raises(ValueError, match=message):
+        generate(params, CONFIG, **arguments)

@@ -1,0 +1,159 @@
+"""The reader: what is a document, bounded memory, and the place and remedy of every bad one."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tasks.datasets import DataError, Reading
+from tasks.text_reader import read_documents, split_of
+
+
+def read(path: Path, data: bytes, **fields: object) -> list[str]:
+    path.write_bytes(data)
+    return list(read_documents(path, Reading(**fields)))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "text.txt"
+
+
+def test_documents_of_a_txt_file(path: Path) -> None:
+    data = b"one\ntwo \n\n\n  \nthree\nfour\n\nfive"
+    assert read(path, data) == [data.decode()]
+    assert read(path, data, document="line") == ["one", "two ", "three", "four", "five"]
+    assert read(path, data, document="paragraph") == ["one\ntwo ", "three\nfour", "five"]
+    assert read(path, data, document="paragraph", min_document_bytes=10) == ["one\ntwo \n\nthree\nfour", "five"]
+    assert read(path, data, document="paragraph", min_document_bytes=10, max_document_bytes=15) == ["one\ntwo ", "three\nfour", "five"]
+
+
+def test_windows_line_ends_and_a_byte_order_mark_belong_to_no_document(path: Path) -> None:
+    data = b"\xef\xbb\xbfone\r\ntwo\r\n\r\nthree\r\n"
+    assert read(path, data, document="line") == ["one", "two", "three"]
+    assert read(path, data, document="paragraph") == ["one\r\ntwo", "three"]
+    assert read(path, data) == ["one\r\ntwo\r\n\r\nthree\r\n"]
+    assert read(path, b'\xef\xbb\xbf{"text": "x"}\r\n', format="jsonl") == ["x"]
+
+
+def test_any_character_is_text(path: Path) -> None:
+    text = "a\0b\u2028c\x1c\x85 d <s> </s> \U0001f642"
+    assert read(path, text.encode() + b"\n", document="line") == [text]
+    assert read(path, json.dumps({"text": text}).encode(), format="jsonl") == [text]
+
+
+def test_empty_documents_are_left_out_and_counted(path: Path) -> None:
+    path.write_bytes(b"\n \nx\n\t\n")
+    skipped: Counter[str] = Counter()
+    assert list(read_documents(path, Reading(document="line"), skipped)) == ["x"]
+    assert skipped == {"empty": 3}
+    assert read(path, b"") == []
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n\r"), max_size=12), max_size=12))
+def test_lines_round_trip(tmp_path_factory: pytest.TempPathFactory, lines: list[str]) -> None:
+    path = tmp_path_factory.mktemp("lines") / "t.txt"
+    expected = [line for line in lines if line.strip()]
+    if expected and lines[0].startswith("\ufeff"):
+        return  # a mark at the file's start is no text
+    assert read(path, "\n".join(lines).encode(), document="line") == expected
+    assert read(path, "".join(json.dumps({"k": line}) + "\n" for line in lines).encode(), format="jsonl", text_key="k") == expected
+
+
+@pytest.mark.parametrize("document", ["line", "file", "paragraph"])
+def test_a_huge_document_is_refused_in_bounded_memory(path: Path, document: str) -> None:
+    line = b"x" * (32 << 20)
+    with path.open("wb") as file:
+        file.write(b"fine\n\n" if document != "file" else b"fin\n\n\n")
+        file.write(line)
+    reading = Reading.model_validate({"document": document, "max_document_bytes": 1000})
+    tracemalloc.start()
+    with pytest.raises(DataError) as error:
+        list(read_documents(path, reading))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6 << 20
+    place = "line 1 (byte 0)" if document == "file" else "line 3 (byte 6)"
+    size = len(line) + (6 if document == "file" else 0)
+    message = str(error.value)
+    assert f"{path} {place}: a document of {size:,} bytes, the limit is 1,000" in message
+    assert "raise max_document_bytes" in message
+    assert "on_bad_document='skip'" in message
+
+
+def test_a_paragraph_of_many_lines_is_refused_with_its_whole_size(path: Path) -> None:
+    with pytest.raises(DataError, match=r"line 2 \(byte 1\): a document of 40,001 bytes"):
+        read(path, b"\n" + b"abc\n" * 10_000 + b"d\n\nnext\n", document="paragraph", max_document_bytes=100)
+    skipping = {"document": "paragraph", "max_document_bytes": 100, "on_bad_document": "skip"}
+    assert read(path, b"a\n\n" + b"abc\n" * 10_000 + b"\nnext\n", **skipping) == ["a", "next"]
+    assert read(path, b"a\n\n" + b"x" * 500 + b"\nmore\n\nnext\n", **skipping) == ["a", "next"]
+
+
+def test_exactly_the_limit_is_allowed(path: Path) -> None:
+    for end in (b"", b"\n", b"\r\n"):
+        assert read(path, b"x" * 10 + end, document="line", max_document_bytes=10) == ["x" * 10]
+        assert read(path, b"x" * 10 + end, document="paragraph", max_document_bytes=10) == ["x" * 10]
+        with pytest.raises(DataError, match="a document of 11 bytes, the limit is 10"):
+            read(path, b"x" * 11 + end, document="line", max_document_bytes=10)
+        with pytest.raises(DataError, match="a document of 11 bytes, the limit is 10"):
+            read(path, b"x" * 11 + end, document="paragraph", max_document_bytes=10)
+    assert read(path, b"x" * 10, max_document_bytes=10) == ["x" * 10]
+
+
+@pytest.mark.parametrize("document", ["line", "file", "paragraph"])
+def test_bytes_that_are_not_utf8_are_named_by_line_and_offset(path: Path, document: str) -> None:
+    data = b"good\nalso\n\n\n\nbad \xff here\n"
+    with pytest.raises(DataError, match=r"line 6 \(byte 17\): byte 0xff is not UTF-8 \(invalid start byte\); convert the file to UTF-8"):
+        read(path, data, document=document, **({"min_document_bytes": 9} if document == "paragraph" else {}))
+
+
+@pytest.mark.parametrize(
+    ("line", "reason", "words"),
+    [
+        (b'{"text": "a"', "bad_json", "not a JSON value"),
+        (b"[" * 100_000, "bad_json", "not a JSON value"),
+        (b'{"body": "a"}', "missing_key", r"no key 'text', but an object with the keys \['body'\]; set text_key"),
+        (b'"text"', "missing_key", "a JSON str"),
+        (b'{"text": 7}', "not_text", "'text' is int, not a string"),
+        (b'{"text": null}', "not_text", "'text' is NoneType, not a string"),
+        (b'{"text": "\\ud800"}', "undecodable", "half a surrogate pair at character 0"),
+        (b'{"text": "\xc3"}', "undecodable", "byte 0xc3 is not UTF-8"),
+        (b'{"text": "' + b"x" * 200_000 + b'"}', "too_long", "a document of 200,012 bytes"),
+    ],
+)
+def test_bad_jsonl_lines_are_named_or_skipped_by_reason(path: Path, line: bytes, reason: str, words: str) -> None:
+    data = b'{"text": "first"}\n' + line + b'\n{"text": "last"}\n\n'
+    fields = {"format": "jsonl", "max_document_bytes": 150_000}
+    with pytest.raises(DataError, match=r"line 2 \(byte \d+\): .*" + words):
+        read(path, data, **fields)
+    path.write_bytes(data)
+    skipped: Counter[str] = Counter()
+    reading = Reading.model_validate({**fields, "on_bad_document": "skip"})
+    assert list(read_documents(path, reading, skipped)) == ["first", "last"]
+    assert skipped == {reason: 1, "empty": 1}
+
+
+def test_a_file_that_cannot_be_read_is_a_data_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere\.txt: cannot be read \(No such file or directory\)"):
+        list(read_documents(tmp_path / "nowhere.txt", Reading()))
+
+
+def test_the_split_depends_on_the_text_alone_and_grows_with_the_share() -> None:
+    texts = [f"document {number}" for number in range(4000)]
+    few = {text for text in texts if split_of(text, 0.05) == "validation"}
+    more = {text for text in texts if split_of(text, 0.2) == "validation"}
+    assert few < more
+    assert 120 < len(few) < 280
+    assert 680 < len(more) < 920
+    assert not [text for text in texts if split_of(text, 0.0) == "validation"]
+    # pinned: a changed rule would leak held-out documents into training
+    assert [split_of(text, 0.5)[0] for text in texts[:12]] == PINNED_SPLITS
+
+
+PINNED_SPLITS = list("vtvvtvtvvvtt")
