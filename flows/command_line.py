@@ -50,8 +50,8 @@ def run_command(arguments: list[str]) -> int:
         return _named_errors(lambda: COMMANDS[first](arguments[1:]))
     names = [entry.value for entry in Preset]
     if first and not first.startswith("-") and first not in names:
-        known = [*names, *COMMANDS]
-        print(f"error: unknown preset or command {first!r}{nearest(first, known)}; presets: {', '.join(names)}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"error: unknown preset or command {first!r}{nearest(first, [*names, *COMMANDS])}", file=sys.stderr)
+        print(f"presets: {', '.join(names)}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     chosen, rest = (first, arguments[1:]) if first in names else (Preset.DEBUG.value, arguments)
     return _named_errors(lambda: _run(_parse(preset(chosen), rest, prog=f"train.py {chosen}"), chosen))

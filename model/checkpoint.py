@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -97,7 +96,7 @@ class Checkpoints:
                 good.append(step)
                 continue
             aside = self.directory / f"damaged-{step}-{time.time_ns()}"
-            os.rename(path, aside)
+            path.rename(aside)
             self.skipped.append(f"checkpoint {step} is not used: {damage} (kept as {aside.name})")
             _logger.warning(self.skipped[-1])
         if not good and any(self.directory.glob("damaged-*")):

@@ -17,12 +17,12 @@ from model.config_base import Config, runtime
 class RopeConfig(Config):
     """Rotary position embedding (Su et al. 2021) and how it stretches to longer contexts."""
 
-    type: Literal["default", "linear", "llama3"] = Field("default", description="Frequency scaling rule.")
-    theta: float = Field(10000.0, gt=0, description="Base of the geometric series of wavelengths (`rope_theta`).")
-    factor: float = Field(1.0, ge=1, description="How many times longer the context became; `linear` and `llama3`.")
-    low_freq_factor: float = Field(1.0, gt=0, description="`llama3`: longer wavelengths than original/this are divided by `factor`.")
-    high_freq_factor: float = Field(4.0, gt=0, description="`llama3`: shorter wavelengths than original/this stay as they are.")
-    original_max_position_embeddings: int = Field(8192, ge=1, description="`llama3`: context length before stretching, in tokens.")
+    type: Literal["default", "linear", "llama3"] = Field(default="default", description="Frequency scaling rule.")
+    theta: float = Field(default=10000.0, gt=0, description="Base of the geometric series of wavelengths (`rope_theta`).")
+    factor: float = Field(default=1.0, ge=1, description="How many times longer the context became; `linear` and `llama3`.")
+    low_freq_factor: float = Field(default=1.0, gt=0, description="`llama3`: wavelengths above original/this are divided by `factor`.")
+    high_freq_factor: float = Field(default=4.0, gt=0, description="`llama3`: wavelengths below original/this stay as they are.")
+    original_max_position_embeddings: int = Field(default=8192, ge=1, description="`llama3`: context length before stretching, in tokens.")
 
     @model_validator(mode="after")
     def _check(self) -> RopeConfig:
@@ -38,18 +38,18 @@ class RopeConfig(Config):
 class LlamaConfig(Config):
     """Shape of a Llama (Touvron et al. 2023): pre-norm RMSNorm, SwiGLU, RoPE, grouped-query attention."""
 
-    seq_len: int = Field(2048, ge=2, description="Longest sequence the model is trained for, in tokens.")
-    hidden_dim: int = Field(4096, ge=1, description="Width of the residual stream.")
-    intermediate_dim: int = Field(11008, ge=1, description="Width of the SwiGLU feed-forward layer.")
-    num_layers: int = Field(32, ge=1, description="Number of decoder layers.")
-    num_heads: int = Field(32, ge=1, description="Query heads.")
-    num_kv_heads: int = Field(32, ge=1, description="Key/value heads; fewer than `num_heads` means grouped-query attention.")
-    head_dim: int | None = Field(None, ge=2, description="Width of one head; unset means hidden_dim / num_heads.")
-    vocab_size: int | None = Field(None, ge=2, description="Rows of the embedding; unset means the tokenizer's vocabulary.")
-    layer_norm_epsilon: float = Field(1e-5, gt=0, description="Epsilon of RMSNorm.")
-    tie_word_embeddings: bool = Field(False, description="Use the embedding matrix as the output head too.")
-    initializer_range: float = Field(0.02, gt=0, description="Only written to the Hugging Face config; see model/llama.py for the init.")
-    rope: RopeConfig = Field(RopeConfig(), description="Rotary position embedding.")
+    seq_len: int = Field(default=2048, ge=2, description="Longest sequence the model is trained for, in tokens.")
+    hidden_dim: int = Field(default=4096, ge=1, description="Width of the residual stream.")
+    intermediate_dim: int = Field(default=11008, ge=1, description="Width of the SwiGLU feed-forward layer.")
+    num_layers: int = Field(default=32, ge=1, description="Number of decoder layers.")
+    num_heads: int = Field(default=32, ge=1, description="Query heads.")
+    num_kv_heads: int = Field(default=32, ge=1, description="Key/value heads; fewer than `num_heads` means grouped-query attention.")
+    head_dim: int | None = Field(default=None, ge=2, description="Width of one head; unset means hidden_dim / num_heads.")
+    vocab_size: int | None = Field(default=None, ge=2, description="Rows of the embedding; unset means the tokenizer's vocabulary.")
+    layer_norm_epsilon: float = Field(default=1e-5, gt=0, description="Epsilon of RMSNorm.")
+    tie_word_embeddings: bool = Field(default=False, description="Use the embedding matrix as the output head too.")
+    initializer_range: float = Field(default=0.02, gt=0, description="Only written to the Hugging Face config.")
+    rope: RopeConfig = Field(default=RopeConfig(), description="Rotary position embedding.")
 
     # Switches that change rounding at most, never the function that is learned.
     use_flash_attention: bool = runtime(True, description="Online-softmax attention where it pays; off means plain attention.")

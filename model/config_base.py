@@ -35,9 +35,7 @@ class Config(BaseModel):
             known = list(cls.model_fields)
             for key in data:
                 if key not in known:
-                    raise ValueError(
-                        f"{cls.__name__} has no field {key!r}{nearest(str(key), known)}; its fields are {', '.join(known)}"
-                    )
+                    raise ValueError(f"{cls.__name__} has no field {key!r}{nearest(str(key), known)}; its fields are {', '.join(known)}")
         return data
 
     def identity(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 from pathlib import Path
+from typing import Literal, cast
 
 import jax
 
@@ -17,7 +18,7 @@ from model.mixture_store import MixtureStore
 from model.parameters import param_shapes
 
 
-def export(job: TrainingJob, directory: Path, dtype: str) -> None:
+def export(job: TrainingJob, directory: Path, dtype: Literal["float32", "bfloat16"]) -> None:
     """Restores the weights of the job's last step onto this machine and writes them with their tokenizer.
 
     Raises:
@@ -38,7 +39,11 @@ def main(arguments: list[str]) -> int:
     die_with_parent()
     job_file, directory, dtype = arguments
     try:
-        export(TrainingJob.model_validate_json(Path(job_file).read_text(encoding="utf-8")), Path(directory), dtype)
+        export(
+            TrainingJob.model_validate_json(Path(job_file).read_text(encoding="utf-8")),
+            Path(directory),
+            cast('Literal["float32", "bfloat16"]', dtype),
+        )
     except Exception as error:
         if not isinstance(error, ValueError | OSError):
             traceback.print_exc()

@@ -8,17 +8,17 @@ from pydantic import Field
 
 from model.config import LlamaConfig
 from model.config_base import Config
-from model.train_config import SimpleTrainConfig
 from model.trackers import TrackerName
+from model.train_config import SimpleTrainConfig
 
 
 class TrainingJob(Config):
     """One training run. Where it writes is decided by its fingerprint, so running the same job again continues it."""
 
-    name: str = Field(..., description="Name of the run.")
-    fingerprint: str = Field(..., description="Identity of the run: 64 hex digits.")
-    directory: Path = Field(..., description="The checkpoint artifact's directory.")
-    mixture: Path = Field(..., description="Directory of the mixture artifact.")
+    name: str = Field(description="Name of the run.")
+    fingerprint: str = Field(description="Identity of the run: 64 hex digits.")
+    directory: Path = Field(description="The checkpoint artifact's directory.")
+    mixture: Path = Field(description="Directory of the mixture artifact.")
     model: LlamaConfig
     train: SimpleTrainConfig
     track: tuple[TrackerName, ...] = ()

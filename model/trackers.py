@@ -34,10 +34,14 @@ def check_trackers(names: tuple[TrackerName, ...]) -> None:
     """
     for name in names:
         if importlib.util.find_spec(PACKAGES[name]) is None:
-            raise ValueError(f"track={name!r} needs the package {PACKAGES[name]!r}, which is not installed: pip install 'prefect-llama[track]'")
+            raise ValueError(
+                f"track={name!r} needs the package {PACKAGES[name]!r}, which is not installed: pip install 'prefect-llama[track]'"
+            )
 
 
-def open_trackers(names: tuple[TrackerName, ...], directory: Path, *, run_id: str, name: str, tags: tuple[str, ...], config: Any) -> list[Tracker]:
+def open_trackers(
+    names: tuple[TrackerName, ...], directory: Path, *, run_id: str, name: str, tags: tuple[str, ...], config: Any
+) -> list[Tracker]:
     """The trackers asked for, each wrapped so that its failure is a warning, not the end of the run."""
     openers = {"wandb": _Wandb, "tensorboard": _TensorBoard, "trackio": _Trackio}
     opened: list[Tracker] = []

@@ -27,7 +27,7 @@ Metrics = dict[str, jax.Array]
 class TrainState(NamedTuple):
     """All that a step changes; a checkpoint holds exactly this."""
 
-    step: jax.Array  # int32 scalar: optimizer steps done
+    step: Any  # int32 scalar: optimizer steps done
     params: Any
     opt_state: Any
 
@@ -42,15 +42,13 @@ def init_state(config: LlamaConfig, train: SimpleTrainConfig, mesh: Mesh) -> Tra
     return jax.jit(create, out_shardings=state_shardings(config, train, mesh))()
 
 
-def state_shardings(config: LlamaConfig, train: SimpleTrainConfig, mesh: Mesh) -> TrainState:
-    """Where each part of the state lives: the moments beside their weights, everything scalar replicated."""
+def state_shardings(config: LlamaConfig, train: SimpleTrainConfig, mesh: Mesh) -> Any:
+    """A TrainState of shardings: where each part of the state lives: the moments beside their weights, everything scalar replicated."""
     params = partitioning.param_shardings(config, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
     optimizer = make_optimizer(train)
     opt_state = jax.eval_shape(optimizer.init, param_shapes(config))
-    placed = optax.tree.map_params(
-        optimizer, lambda _, sharding: sharding, opt_state, params, transform_non_params=lambda _: replicated
-    )
+    placed = optax.tree.map_params(optimizer, lambda _, sharding: sharding, opt_state, params, transform_non_params=lambda _: replicated)
     return TrainState(replicated, params, placed)
 
 

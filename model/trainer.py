@@ -6,7 +6,6 @@ Exit status: 0 the last checkpoint is committed, 75 stopped by a signal after sa
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from model import partitioning
 from model.batch_arithmetic import BatchArithmetic
@@ -82,8 +82,9 @@ class Trainer:
         state, progress = self.checkpoints.restore(abstract_state(self.config, self.job.train, self.mesh))
         if progress["mixture"] != self.mixture.fingerprint or progress["run"] != self.job.fingerprint:
             raise ValueError(
-                f"the checkpoint of step {progress['step']} in {self.checkpoints.directory} belongs to run {progress['run'][:16]} on mixture "
-                f"{progress['mixture'][:16]}, not to this run {self.job.fingerprint[:16]} on {self.mixture.fingerprint[:16]}: move it away"
+                f"the checkpoint of step {progress['step']} in {self.checkpoints.directory} belongs to run {progress['run'][:16]} "
+                f"on mixture {progress['mixture'][:16]}, not to this run {self.job.fingerprint[:16]} on {self.mixture.fingerprint[:16]}: "
+                "move it away"
             )
         return TrainState(*state)
 
@@ -108,7 +109,12 @@ class Trainer:
 
     def progress(self) -> dict[str, Any]:
         """What a checkpoint records beside the arrays: the data position is the step itself."""
-        return {"step": self.step, "run": self.job.fingerprint, "mixture": self.mixture.fingerprint, "data_seed": self.job.train.loader_seed}
+        return {
+            "step": self.step,
+            "run": self.job.fingerprint,
+            "mixture": self.mixture.fingerprint,
+            "data_seed": self.job.train.loader_seed,
+        }
 
     def run(self) -> bool:
         """Trains to the last step. False when a signal stopped it, after saving."""
@@ -151,7 +157,7 @@ class Trainer:
         self.step = step
         speed = self.speed.step_done(step, self._loading_seconds.pop(step))
         if step % self.job.train.steps_per_log == 0 or step in (1, self.last_step):
-            rate = float(learning_rate_schedule(self.job.train)(step - 1))
+            rate = float(np.asarray(learning_rate_schedule(self.job.train)(step - 1)))
             self.metrics.log(step, {**values, "optim/learning_rate": rate, **speed})
         emit(
             "progress",

@@ -165,8 +165,8 @@ def _write_manifest(base: Path, manifest: Manifest, still_owner: Callable[[], No
             sync_directory(base.absolute().parent)
     finally:
         temporary.unlink(missing_ok=True)
-    for leftover in (DISCARDED, DISCARDED_REASON):
-        (base / leftover).unlink(missing_ok=True)
+    for leftover in (base / DISCARDED, base / DISCARDED_REASON, *base.glob(".tmp-*")):
+        leftover.unlink(missing_ok=True)
 
 
 def _relative(base: Path, file: Path) -> str:

@@ -1,13 +1,11 @@
-"""Steps as Prefect tasks: Prefect decides what runs, and the manifest of the artifact is its only cache record.
+"""Steps as Prefect tasks: `@step_task` wraps a body `fn(step, directory, inputs) -> stats` into a task.
 
-`@step_task` wraps a body `fn(step, directory, inputs) -> stats` into a task `(step, root, inputs) -> Artifact` whose cache
-key is the artifact's directory and fingerprint, under a lease. Committed artifacts are reused without any record on the
-server; nothing but JSON made here from a checked manifest is ever decoded as a result.
+The task is `(step, root, inputs) -> Artifact`. Prefect decides what runs, by the key and the leases of `tasks.records`;
+here a step that has to run is explained, prepared, run and committed.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
@@ -17,27 +15,19 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
 from prefect import Task
-from prefect.cache_policies import CachePolicy
 from prefect.context import TaskRunContext
-from prefect.exceptions import MissingContextError
-from prefect.filesystems import WritableFileSystem
-from prefect.logging import get_logger, get_run_logger
-from prefect.results import ResultRecord, ResultRecordMetadata
-from prefect.serializers import JSONSerializer
 from prefect.settings import PREFECT_TASKS_REFRESH_CACHE
 from prefect.transactions import IsolationLevel, get_transaction
 
-from tasks.artifacts import Artifact, ArtifactError, ArtifactMissing, check, commit, discard_damaged, empty_directory, open_artifact
+from tasks.artifacts import Artifact, ArtifactError, check, commit, discard_damaged, empty_directory, open_artifact
 from tasks.leases import LeaseLockManager
 from tasks.manifests import manifest_path
+from tasks.records import LEASES, RECORDS, StepCachePolicy, cache_key, parse_cache_key, run_logger
 from tasks.steps import Step
 from tasks.storage import check_writable, make_directory, storage_errors
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-# Not a path: Prefect opens a result's key as a file, wherever it lies, when it is an absolute path and no storage is known
-_KEY_PREFIX = "artifact:"
 
 
 @dataclass(frozen=True)
@@ -51,87 +41,6 @@ class StepOutput:
 StepBody = Callable[[Step, Path, tuple[Artifact, ...]], StepOutput | Mapping[str, Any]]
 
 
-def run_logger() -> logging.Logger | logging.LoggerAdapter[Any]:
-    """The logger of the current Prefect run, or a plain one outside of a run."""
-    try:
-        return get_run_logger()
-    except MissingContextError:
-        return get_logger("steps")
-
-
-def _tell_run(level: int, message: str) -> None:
-    run_logger().log(level, message)
-
-
-def cache_key(step: Step, root: str | Path) -> str:
-    """The key of a step's artifact for Prefect: `artifact:{absolute directory}@{fingerprint}`."""
-    return f"{_KEY_PREFIX}{step.directory(root).absolute()}@{step.fingerprint}"
-
-
-def parse_cache_key(key: str) -> tuple[Path, str]:
-    """The directory and fingerprint in a key made by `cache_key`; raises ValueError for any other text."""
-    directory, separator, fingerprint = key.removeprefix(_KEY_PREFIX).rpartition("@")
-    if not key.startswith(_KEY_PREFIX) or not separator or not Path(directory).is_absolute() or len(fingerprint) != 64:
-        raise ValueError(f"{key[:200]!r} is not the key of a step's artifact")
-    return Path(directory), fingerprint
-
-
-class StepLeases(LeaseLockManager):
-    """Leases for the keys of steps, telling what they do in the log of the Prefect run."""
-
-    def __init__(self, heartbeat_seconds: float = 30.0, expiry_seconds: float = 90.0, poll_seconds: float = 0.5) -> None:
-        super().__init__(heartbeat_seconds, expiry_seconds, poll_seconds, _tell_run)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), self._arguments[:3]
-
-
-@dataclass
-class StepCachePolicy(CachePolicy):
-    """The cache key of a step task, from its parameters `step` and `root` and nothing else."""
-
-    def compute_key(self, task_ctx: TaskRunContext, inputs: dict[str, Any], flow_parameters: dict[str, Any], **kwargs: Any) -> str:
-        """`cache_key(step, root)`; no run id and no other input takes part."""
-        return cache_key(inputs["step"], inputs["root"])
-
-
-class ManifestRecords(WritableFileSystem):
-    """Prefect's result storage without records: a result is read from the manifest of the artifact, checked, every time."""
-
-    _block_type_name = "prefect-llama manifests"
-    _block_type_slug = "prefect-llama-manifests"
-
-    def _resolve_path(self, path: str) -> None:
-        # asked by Prefect's ResultStore, which would otherwise take a key for a path below a base directory
-        return None
-
-    def read_path(self, path: str, **_: Any) -> bytes:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The JSON result record of the committed artifact that the key `path` names; raises ArtifactError if it has damage."""
-        directory, fingerprint = parse_cache_key(path)
-        return _record(path, open_artifact(directory, fingerprint))
-
-    def write_path(self, path: str, content: bytes, **_: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Stores nothing: checks that the artifact which `content` tells of is committed; raises ArtifactMissing if not."""
-        directory, fingerprint = parse_cache_key(path)
-        if damages := check(directory, fingerprint, hashes=False):
-            raise ArtifactMissing(f"the artifact in {directory} is not committed: {damages[0]}")
-
-    async def aread_path(self, path: str) -> bytes:
-        """As `read_path`."""
-        return self.read_path(path)
-
-    async def awrite_path(self, path: str, content: bytes) -> None:
-        """As `write_path`."""
-        self.write_path(path, content)
-
-
-def _record(key: str, artifact: Artifact) -> bytes:
-    metadata = ResultRecordMetadata(storage_key=key, serializer=JSONSerializer())
-    return ResultRecord(metadata=metadata, result=artifact).serialize()
-
-
-LEASES = StepLeases()
-RECORDS = ManifestRecords()
 _still_owner: ContextVar[Callable[[], None] | None] = ContextVar("still_owner", default=None)
 
 
@@ -193,14 +102,16 @@ def run_step(body: StepBody, step: Step, root: str, inputs: Iterable[Artifact]) 
     Raises ValueError when `inputs` are not the artifacts of `step.upstream`, ArtifactError for a damaged input,
     LeaseLost when another process took the step over, StorageError for a full or read-only disk.
     """
-    directory = step.directory(root)
+    key = cache_key(step, root)
+    directory, _ = parse_cache_key(key)
     verified = _verified_inputs(step, tuple(inputs))
     check_writable(directory)
-    still_owner = _lease_check(cache_key(step, root))
+    still_owner = _lease_check(key)
     prepared = _prepare(directory, step, root)
     if isinstance(prepared, Artifact):
         return prepared
-    run_logger().info("%s %s runs: %s", step.kind, step.name, prepared)
+    if prepared:
+        run_logger().info("%s %s runs: %s", step.kind, step.name, prepared)
     make_directory(directory)
     token = _still_owner.set(still_owner)
     try:
@@ -242,7 +153,7 @@ def _lease_check(key: str) -> Callable[[], None]:
 
 
 def _prepare(directory: Path, step: Step, root: str) -> Artifact | str:
-    """Puts the directory into the state in which the body can start, and says why it runs.
+    """Puts the directory into the state in which the body can start; the reason why it runs, "" if that is already told.
 
     Returns the artifact instead if it turns out to be usable as it is.
     """
@@ -258,7 +169,7 @@ def _prepare(directory: Path, step: Step, root: str) -> Artifact | str:
     reason = f"its files are damaged: {'; '.join(map(str, damages[:8]))}"
     run_logger().warning("%s %s in %s: %s; rebuilding", step.kind, step.name, directory, reason)
     discard_damaged(directory, damages, reason)
-    return reason
+    return ""
 
 
 def _is_forced() -> bool:

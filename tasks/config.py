@@ -13,21 +13,23 @@ from pydantic import Field, model_validator
 
 from model.config import LlamaConfig
 from model.config_base import Config, runtime
-from model.train_config import SimpleTrainConfig
 from model.trackers import TrackerName
+from model.train_config import SimpleTrainConfig
 from tasks.datasets import Mixture
 
 
 class ExportConfig(Config):
     """The Hugging Face directory made from the last checkpoint."""
 
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Number format of the exported weights.")
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Number format of the exported weights.")
 
 
 class RunConfig(Config):
     """One run, complete. Two runs whose identity fields are equal are the same run."""
 
-    name: str = runtime(..., pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$", description="Name of the run: directories and trackers use it.")
+    name: str = runtime(
+        ..., pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$", description="Name of the run: directories and trackers use it."
+    )
     model: LlamaConfig
     train: SimpleTrainConfig
     data: Mixture

@@ -23,8 +23,26 @@ from tasks.planning import usable_cores
 GOOD_DISK_BYTES = 2 << 30
 GOOD_MEMORY_BYTES = 2 << 30
 # Versions outside these are known to fail at import or at start.
-RANGES = {"prefect": ">=3.8.8,<3.10", "fastapi": ">=0.139,<0.151", "protobuf": ">=7.36.1", "jax": ">=0.10.2", "orbax-checkpoint": ">=0.12.8"}
-MODULES = ("prefect", "prefect_gcp", "jax", "flax", "optax", "seqio", "tensorflow_datasets", "orbax.checkpoint", "wandb", "sentencepiece", "safetensors")
+RANGES = {
+    "prefect": ">=3.8.8,<3.10",
+    "fastapi": ">=0.139,<0.151",
+    "protobuf": ">=7.36.1",
+    "jax": ">=0.10.2",
+    "orbax-checkpoint": ">=0.12.8",
+}
+MODULES = (
+    "prefect",
+    "prefect_gcp",
+    "jax",
+    "flax",
+    "optax",
+    "seqio",
+    "tensorflow_datasets",
+    "orbax.checkpoint",
+    "wandb",
+    "sentencepiece",
+    "safetensors",
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +98,9 @@ def _disk(root: Path) -> Finding:
     existing = next(path for path in (root, *root.parents) if path.exists())
     free = shutil.disk_usage(existing).free
     good = free >= GOOD_DISK_BYTES
-    return Finding("disk", "ok" if good else "warn", f"{size(free)} free at {existing}", "" if good else "free some space or give another --root")
+    return Finding(
+        "disk", "ok" if good else "warn", f"{size(free)} free at {existing}", "" if good else "free some space or give another --root"
+    )
 
 
 def _memory() -> Finding:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from model.config import LlamaConfig
-from model.train_config import SimpleTrainConfig
 from model.trackers import TrackerName
+from model.train_config import SimpleTrainConfig
 from tasks.config import RunConfig
 from tasks.datasets import Mixture
 from tasks.presets import preset as preset_run

@@ -23,7 +23,7 @@ def canonical_value(value: Any, path: str = "value") -> Any:
 
     Raises TypeError naming `path` for a type that has no stable text, and ValueError for nan and infinity.
     """
-    if value is None or isinstance(value, bool | str | int) and not isinstance(value, enum.Enum):
+    if value is None or (isinstance(value, bool | str | int) and not isinstance(value, enum.Enum)):
         return value
     if isinstance(value, float):
         if not math.isfinite(value):

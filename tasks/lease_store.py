@@ -20,6 +20,8 @@ from typing import Any
 
 from tasks.storage import make_directory, storage_errors, sync_directory, write_temporary
 
+# A key is no path: Prefect opens a result's key as a file when it is an absolute path and no storage is known
+KEY_PREFIX = "artifact:"
 _FILE = re.compile(r"(\d{20})\.json")
 # Late comers that computed the next number long ago must still find that number taken
 _KEPT = 8
@@ -81,9 +83,14 @@ class Lease:
         return self.released or (self.owner is not None and self.owner.is_dead())
 
 
+def directory_of(key: str) -> Path:
+    """The directory that a key, `artifact:{directory}@{fingerprint}`, is about."""
+    return Path(key.removeprefix(KEY_PREFIX).rpartition("@")[0] or key)
+
+
 def lease_directory(key: str) -> Path:
-    """Where the leases of `key` lie: in `.leases` beside the directory that the key names before its last "@"."""
-    directory = Path(key.rpartition("@")[0] or key)
+    """Where the leases of `key` lie: in `.leases` beside the artifact's directory."""
+    directory = directory_of(key)
     return directory.parent / ".leases" / sha256(key.encode()).hexdigest()[:32]
 
 

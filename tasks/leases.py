@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from tasks.lease_store import Lease, beat, give_back, grant, newest, restore
+from tasks.lease_store import Lease, beat, directory_of, give_back, grant, newest, restore
 from tasks.storage import REFUSED, StorageError
 
 _logger = logging.getLogger("prefect_llama.leases")
@@ -63,7 +63,7 @@ class _Silence:
 
 
 class LeaseLockManager:
-    """Locks for Prefect transactions that die with their holder. Keys are `"{artifact directory}@{fingerprint}"`.
+    """Locks for Prefect transactions that die with their holder. Keys are `artifact:{directory}@{fingerprint}`.
 
     heartbeat_seconds, expiry_seconds: how often a holder shows that it lives, and after how much silence it is replaced.
     poll_seconds: how often a waiter looks. tell: called with a logging level and a message; a module-level function, so
@@ -114,7 +114,7 @@ class LeaseLockManager:
         while True:
             current = newest(key)
             held = self._held.get(key)
-            if held is not None and held.lease == current and current.holder == holder:
+            if held is not None and held.lease == current and held.lease.holder == holder:
                 return True
             why_free = self._why_free(current, silence)
             if why_free is None:
@@ -241,8 +241,7 @@ def _deadline(seconds: float | None) -> float | None:
 
 
 def _step_of(key: str) -> str:
-    directory, _, _ = key.rpartition("@")
-    return directory or key
+    return str(directory_of(key))
 
 
 def _owner_of(lease: Lease | None) -> str:

@@ -19,7 +19,6 @@ from model.flops import num_parameters, train_flops_per_token
 from model.trackers import check_trackers
 from tasks.artifacts import check_writable
 from tasks.config import RunConfig
-
 from tasks.datasets import SentencePieceFile, Tokenizer, check_sources
 from tasks.pipeline import label, matching, run_steps
 from tasks.steps import Step
@@ -139,7 +138,9 @@ def checkpoint_bytes(config: RunConfig, model: LlamaConfig) -> int:
 
 def local_device_count() -> int | None:
     """JAX devices of this machine as far as can be told without JAX: CPU devices, or None where a TPU or GPU is attached."""
-    if os.environ.get("JAX_PLATFORMS", "") != "cpu" and (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*") or glob.glob("/dev/nvidia[0-9]*")):
+    if os.environ.get("JAX_PLATFORMS", "") != "cpu" and (
+        glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*") or glob.glob("/dev/nvidia[0-9]*")
+    ):
         return None
     match = re.search(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
     return int(match.group(1)) if match else 1
@@ -172,11 +173,13 @@ def plan_lines(plan: Plan) -> list[str]:
 
     train, model = plan.config.train, plan.model
     batch = str(plan.batch) if plan.batch else f"{train.train_batch_size} sequences, divided over the devices where the training runs"
-    mesh = f"data {plan.batch.data} x fsdp {plan.batch.fsdp} x tensor {plan.batch.tensor}" if plan.batch else "decided where the training runs"
+    mesh = (
+        f"data {plan.batch.data} x fsdp {plan.batch.fsdp} x tensor {plan.batch.tensor}" if plan.batch else "decided where the training runs"
+    )
     total = plan.tokens_per_step * train.num_train_steps
     return [
-        f"model: {number(plan.num_parameters)} parameters: {model.num_layers} layers, width {model.hidden_dim}, mlp {model.intermediate_dim}, "
-        f"{model.num_heads} heads, {model.num_kv_heads} kv heads, vocabulary {model.vocab_size}",
+        f"model: {number(plan.num_parameters)} parameters: {model.num_layers} layers, width {model.hidden_dim}, "
+        f"mlp {model.intermediate_dim}, {model.num_heads} heads, {model.num_kv_heads} kv heads, vocabulary {model.vocab_size}",
         f"tokens: {number(total)} = {train.num_train_steps} steps x {number(plan.tokens_per_step)} "
         f"({train.train_batch_size} sequences of {plan.config.seq_len})",
         f"compute: {flops(plan.total_flops)} of model work, causal attention at half",

@@ -14,10 +14,9 @@ from tasks.summary import RunSummary
 
 
 def publish_plan(plan: Plan) -> None:
-    """Logs what is reused and what runs, and why, and keeps the plan as an artifact of the flow run."""
-    logger = get_run_logger()
-    for name, action, why in plan_rows(plan):
-        logger.info("%-5s %s (%s)", action, name, why)
+    """Keeps the plan, what is reused and what runs and why, as an artifact of the flow run; each task logs its own part."""
+    actions = [action for _, action, _ in plan_rows(plan)]
+    get_run_logger().info("%d step(s) reused, %d to run, artifacts below %s", actions.count("reuse"), actions.count("run"), plan.root)
     rows = "\n".join(f"| {name} | {action} | {why} |" for name, action, why in plan_rows(plan))
     numbers = "\n".join(f"- {line}" for line in plan_lines(plan))
     _keep(lambda: create_markdown_artifact(f"{numbers}\n\n| step | action | why |\n|---|---|---|\n{rows}", key="plan", description="Plan"))

@@ -80,7 +80,10 @@ class Step:
                 continue
             if manifest.fingerprint == self.fingerprint:
                 continue
-            written = manifest_path(directory).stat().st_mtime_ns
+            try:
+                written = manifest_path(directory).stat().st_mtime_ns
+            except FileNotFoundError:
+                continue  # discarded by another run since it was read
             if newest is None or written > newest[0]:
                 newest = (written, manifest)
         return None if newest is None else newest[1]

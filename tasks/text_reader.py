@@ -179,32 +179,35 @@ def _lines(file: BinaryIO, path: Path, limit: int) -> Iterator[_Raw | _BadDocume
 
 def _paragraphs(file: BinaryIO, path: Path, limit: int) -> Iterator[_Raw | _BadDocument]:
     """Blocks of lines between blank ones, without the last line's end."""
-    block: list[_Raw] = []
-    size = 0
+    first: _Raw | None = None
+    block = bytearray()
+    size = last_end = 0
     bad: _BadDocument | None = None
+
+    def ended() -> _Raw | _BadDocument:
+        if bad is not None or first is None:
+            assert bad is not None
+            return bad
+        if size - last_end > limit:
+            return _too_long(first.where, size - last_end, limit)
+        return _Raw(path, first.line, first.offset, bytes(block[: size - last_end]))
+
     for line in _lines(file, path, limit):
         if isinstance(line, _BadDocument):
             bad = bad or line
         elif line.data.strip():
-            # of a paragraph that is too long the first line is kept, to say where it begins, and the last, for its end
-            if size > limit + 2:
-                del block[1:]
+            first = first or line
             size += len(line.data)
-            block.append(line)
+            last_end = len(line.data) - len(_without_line_end(line.data))
+            # what is too long already is counted to its end, and not kept
+            if size <= limit + 2:
+                block += line.data
         else:
-            if block or bad:
-                yield bad or _paragraph(block, size, limit)
-            block, size, bad = [], 0, None
-    if block or bad:
-        yield bad or _paragraph(block, size, limit)
-
-
-def _paragraph(block: list[_Raw], size: int, limit: int) -> _Raw | _BadDocument:
-    first, last = block[0], block[-1].data
-    last_end = len(last) - len(_without_line_end(last))
-    if size - last_end > limit:
-        return _too_long(first.where, size - last_end, limit)
-    return _Raw(first.path, first.line, first.offset, _without_line_end(b"".join(line.data for line in block)))
+            if first is not None or bad is not None:
+                yield ended()
+            first, block, size, bad = None, bytearray(), 0, None
+    if first is not None or bad is not None:
+        yield ended()
 
 
 def _joined(paragraphs: Iterator[_Raw | _BadDocument], reading: Reading) -> Iterator[_Raw | _BadDocument]:

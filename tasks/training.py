@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from model.durable import write_json
-from model.metrics import read_json_lines, read_samples
 from model.job import TrainingJob
+from model.metrics import read_json_lines, read_samples
 from tasks.artifacts import Artifact
 from tasks.caching import StepOutput, step_task
 from tasks.children import ChildStopped, run_child

@@ -52,7 +52,8 @@ class TrainingReport:
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=None),
-                TextColumn("step {task.completed:.0f}/{task.total:.0f}  loss {task.fields[loss]}  {task.fields[speed]} tok/s  {task.fields[left]} left"),
+                TextColumn("step {task.completed:.0f}/{task.total:.0f}  loss {task.fields[loss]}"),
+                TextColumn("{task.fields[speed]} tok/s  {task.fields[left]} left"),
             )
             self._bar = Progress(*columns, console=self._console, transient=False)
             self._bar_task = self._bar.add_task(

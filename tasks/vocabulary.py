@@ -97,17 +97,18 @@ def train_sentencepiece(training: SentencePieceTraining, sentences: Iterator[str
             minloglevel=2,
         )
     except RuntimeError as error:
-        message = str(error)
-        if limit := re.search(r"Vocabulary size too high \(\d+\). Please set it to a value <= (\d+)", message):
-            remedy = f"set it to {limit.group(1)} or less, or add text"
-        elif "too high" in message or "meta_pieces" in message or "smaller than required_chars" in message or "is_empty" in message:
-            remedy = "lower it, or add text"
-        else:
-            remedy = "lower it, or look at the text"
         raise DataError(
-            f"tokenizer.vocab_size={training.vocab_size} cannot be trained on this text: {remedy} ({message.splitlines()[0][:200]})"
+            f"tokenizer.vocab_size={training.vocab_size} cannot be trained on this text: {_remedy(str(error))} ({str(error)[:300]})"
         ) from None
     return writer.getvalue()
+
+
+def _remedy(message: str) -> str:
+    if most := re.search(r"Please set it to a value <= (\d+)", message):
+        return f"set it to {most.group(1)} or less, or add text"
+    if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return f"set it to {least.group(1)} or more, or lower tokenizer.character_coverage"
+    return "lower it, or add text"
 
 
 def _existing(config: VocabularyFile) -> bytes:

@@ -35,8 +35,7 @@ def test_plain_attention_is_a_softmax_over_earlier_tokens_of_the_segment() -> No
     np.testing.assert_allclose(plain_attention(*inputs(12), segments(12)), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("with_segments", [True, False])
-@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+@pytest.mark.parametrize(("with_segments", "num_kv_heads"), [(True, 2), (True, 4), (False, 1)])
 def test_flash_equals_plain_forward_and_backward(with_segments: bool, num_kv_heads: int) -> None:
     arrays = inputs(1024, num_kv_heads=num_kv_heads)
     ids = segments(1024) if with_segments else None

@@ -55,7 +55,8 @@ def test_rows_hold_what_a_plain_reading_of_the_stream_gives(mixture: Placed) -> 
         for key, expected in expected_row(split, int(start[row]), 32).items():
             assert batch[key][row].tolist() == expected, (row, key)
     boundary = batch["targets"] == BOS
-    assert boundary.any() and np.array_equal(batch["loss_weights"] == 0, boundary)
+    assert boundary.any()
+    assert np.array_equal(batch["loss_weights"] == 0, boundary)
     assert (batch["tokens"][boundary] == EOS).all()
 
 
@@ -72,8 +73,9 @@ def test_the_global_batch_does_not_depend_on_the_number_of_processes(mixture: Pl
 
 def test_any_step_at_once_equals_going_there(mixture: Placed) -> None:
     walked = loader(mixture)
-    for step in range(600):
-        batch = walked.batch(step)
+    for step in range(599):
+        walked.batch(step)
+    batch = walked.batch(599)
     np.testing.assert_array_equal(batch["tokens"], loader(mixture).batch(599)["tokens"])
     assert not np.array_equal(batch["tokens"], loader(mixture, seed=4).batch(599)["tokens"])
 
@@ -100,7 +102,8 @@ def test_planned_tokens_and_epochs(mixture: Placed) -> None:
     assert sum(part["tokens"] for part in planned.values()) == 1000 * 8 * 32
     assert planned["plays"]["tokens"] == pytest.approx(0.9 * 1000 * 8 * 32, rel=1e-2)
     split = batches.mixture.component("plays").split("train")
-    assert split is not None and planned["plays"]["epochs"] == planned["plays"]["tokens"] / split.num_tokens
+    assert split is not None
+    assert planned["plays"]["epochs"] == planned["plays"]["tokens"] / split.num_tokens
     with pytest.raises(ValueError, match="num_steps=-1"):
         batches.planned(-1)
 
@@ -117,7 +120,8 @@ def test_evaluation_scores_every_token_after_a_documents_first_exactly_once(
         for index in range(processes)
     ]
     batches = [{key: np.concatenate([part[key] for part in step]) for key in KEYS} for step in zip(*parts, strict=True)]
-    assert len(batches) == len(parts[0]) and all(batch["tokens"].shape == (batch_size, seq_len) for batch in batches)
+    assert len(batches) == len(parts[0])
+    assert all(batch["tokens"].shape == (batch_size, seq_len) for batch in batches)
     scored = [batch["targets"][batch["loss_weights"] > 0] for batch in batches]
     stream, starts = split.tokens(0, split.num_tokens), split.document_starts(0, split.num_tokens)
     np.testing.assert_array_equal(np.concatenate(scored), np.delete(stream, starts))
@@ -136,7 +140,7 @@ def test_sizes_that_do_not_fit_are_refused_with_a_remedy(mixture: Placed) -> Non
         EvalBatches(mixture, "plays", seq_len=8, batch_size=6, process_count=4)
     with pytest.raises(ValueError, match="process_index=2 of process_count=2"):
         loader(mixture, process_index=2, process_count=2)
-    with pytest.raises(ValueError, match="'plays' has .* training tokens, fewer than one window"):
+    with pytest.raises(ValueError, match=r"'plays' has \d+ training tokens, fewer than one window"):
         loader(mixture, seq_len=100_000)
     with pytest.raises(ValueError, match="step=-1"):
         loader(mixture).batch(-1)

@@ -64,7 +64,9 @@ def test_enums_count_with_their_value():
 def test_sets_do_not_depend_on_the_hash_seed():
     code = "from tasks.fingerprints import fingerprint; print(fingerprint({'x': {'b', 'a', 'c', 'dd', 'e'}}))"
     texts = {
-        subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True).stdout
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
+        ).stdout
         for seed in ("1", "2", "3")
     }
     assert len(texts) == 1
@@ -88,7 +90,12 @@ def test_nan_and_infinity_are_refused_in_fingerprints_and_become_text_in_records
 
 
 def test_records_take_numpy_scalars():
-    assert plain_value({"loss": np.float32(0.5), "n": np.int64(3), "ok": np.bool_(True), 4: (1,)}) == {"loss": 0.5, "n": 3, "ok": True, "4": [1]}
+    assert plain_value({"loss": np.float32(0.5), "n": np.int64(3), "ok": np.bool_(True), 4: (1,)}) == {
+        "loss": 0.5,
+        "n": 3,
+        "ok": True,
+        "4": [1],
+    }
 
 
 def test_records_refuse_what_is_not_json():

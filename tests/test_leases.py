@@ -5,9 +5,6 @@ import json
 import os
 import pickle
 import shutil
-import signal
-import subprocess
-import sys
 import threading
 import time
 from copy import deepcopy
@@ -16,47 +13,20 @@ from pathlib import Path
 import pytest
 
 from tasks import lease_store
-from tasks.lease_store import Lease, Owner, grant, lease_directory, newest
+from tasks.lease_store import Lease, grant, lease_directory, newest
 from tasks.leases import LeaseLockManager, LeaseLost
 from tasks.storage import StorageError
 
 HEARTBEAT, EXPIRY, POLL = 0.1, 1.0, 0.05
-
-HOLDER = f"""
-import sys, time
-from tasks.leases import LeaseLockManager, LeaseLost
-key, task = sys.argv[1:3]
-manager = LeaseLockManager({HEARTBEAT}, {EXPIRY}, {POLL})
-manager.acquire_lock(key, "child")
-print("held", manager._held[key].lease.token, flush=True)
-if task == "once":
-    time.sleep(0.2)
-    manager.release_lock(key, "child")
-    sys.exit()
-sys.stdin.readline()
-try:
-    manager.assert_held(key)
-    print("still owner", flush=True)
-except LeaseLost as error:
-    print("lost:", error, flush=True)
-"""
 
 
 def manager(**options) -> LeaseLockManager:
     return LeaseLockManager(**{"heartbeat_seconds": HEARTBEAT, "expiry_seconds": EXPIRY, "poll_seconds": POLL, **options})
 
 
-def start_holder(key: str, task: str = "hold", *, wait: bool = True) -> subprocess.Popen[str]:
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, key, task], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    if wait:
-        assert process.stdout is not None
-        assert process.stdout.readline().startswith("held")
-    return process
-
-
 @pytest.fixture
 def key(tmp_path: Path) -> str:
-    return f"{tmp_path}/tokens/c4.en-0123456789abcdef@{'0' * 64}"
+    return f"artifact:{tmp_path}/tokens/c4.en-0123456789abcdef@{'0' * 64}"
 
 
 @pytest.fixture
@@ -91,9 +61,9 @@ def test_acquire_is_exclusive_and_reentrant_for_its_holder(key: str):
 
 def test_keys_that_differ_after_a_dot_do_not_share_a_lease(tmp_path: Path):
     locks = manager()
-    assert locks.acquire_lock(f"{tmp_path}/tokens/c4.en@1", "a")
-    assert locks.acquire_lock(f"{tmp_path}/tokens/c4.de@1", "b", acquire_timeout=0)
-    assert lease_directory(f"{tmp_path}/tokens/c4.en@1").parent == tmp_path / "tokens" / ".leases"
+    assert locks.acquire_lock(f"artifact:{tmp_path}/tokens/c4.en@1", "a")
+    assert locks.acquire_lock(f"artifact:{tmp_path}/tokens/c4.de@1", "b", acquire_timeout=0)
+    assert lease_directory(f"artifact:{tmp_path}/tokens/c4.en@1").parent == tmp_path / "tokens" / ".leases"
 
 
 def test_tokens_rise_and_are_never_used_again(key: str):
@@ -107,77 +77,6 @@ def test_tokens_rise_and_are_never_used_again(key: str):
         locks.release_lock(key, holder)
     assert tokens == list(range(1, 13))
     assert len(list(lease_directory(key).iterdir())) <= 9, "old leases are swept"
-
-
-def test_a_late_comer_cannot_be_granted_a_number_that_was_passed(key: str):
-    first = grant(key, "a", None, thread=0)
-    second = grant(key, "b", first, thread=0)
-    assert second is not None
-    assert grant(key, "c", first, thread=0) is None
-    second.path.with_name(f"{1:020d}.json").unlink()
-    assert grant(key, "d", None, thread=0) is None
-    assert newest(key) == second
-
-
-def test_a_killed_holder_is_replaced_at_once(key: str, told: list[str]):
-    process = start_holder(key)
-    process.kill()
-    process.wait()
-    locks = LeaseLockManager(30, 90, POLL, lambda level, message: told.append(message))
-    assert not locks.is_locked(key)
-    assert locks.acquire_lock(key, "me", acquire_timeout=0)
-    assert [message for message in told if "taking over" in message and f":{process.pid}, which no longer runs" in message]
-
-
-def test_a_killed_holder_that_nobody_reaped_is_dead_too(key: str):
-    process = start_holder(key)
-    process.kill()
-    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    assert LeaseLockManager(30, 90, POLL).acquire_lock(key, "me", acquire_timeout=0)
-    process.wait()
-
-
-def test_a_live_holder_is_waited_for_by_name(key: str, told: list[str]):
-    process = start_holder(key)
-    locks = manager(tell=lambda level, message: told.append(message))
-    assert not locks.acquire_lock(key, "me", acquire_timeout=1.5 * EXPIRY)
-    assert told == [message for message in told if message.startswith("waiting for ")]
-    assert len(told) == 1
-    assert f":{process.pid}, which has been running this step since 2" in told[0]
-    assert not locks.wait_for_lock(key, timeout=0.1)
-    process.communicate("\n")
-    assert locks.acquire_lock(key, "me", acquire_timeout=0)
-
-
-def test_a_stopped_holder_is_replaced_after_expiry_and_cannot_commit(key: str, told: list[str]):
-    process = start_holder(key)
-    process.send_signal(signal.SIGSTOP)
-    locks = manager(tell=lambda level, message: told.append(message))
-    assert not locks.acquire_lock(key, "me", acquire_timeout=0)
-    assert locks.acquire_lock(key, "me", acquire_timeout=20)
-    assert "which has not been heard of for" in told[-1]
-    process.send_signal(signal.SIGCONT)
-    output, _ = process.communicate("\n")
-    assert output.startswith("lost: lost the lease on ")
-    locks.assert_held(key, "me")
-
-
-def test_a_holder_stopped_for_less_than_expiry_keeps_its_lease(key: str):
-    process = start_holder(key)
-    process.send_signal(signal.SIGSTOP)
-    time.sleep(EXPIRY / 4)
-    process.send_signal(signal.SIGCONT)
-    assert not manager().acquire_lock(key, "me", acquire_timeout=1.5 * EXPIRY)
-    assert process.communicate("\n")[0] == "still owner\n"
-
-
-def test_of_many_waiters_for_a_killed_holder_exactly_one_wins(key: str):
-    process = start_holder(key)
-    waiters = [start_holder(key, "once", wait=False) for _ in range(4)]
-    process.kill()
-    process.wait()
-    outputs = [waiter.communicate(timeout=60)[0] for waiter in waiters]
-    assert sorted(outputs) == [f"held {token}\n" for token in (2, 3, 4, 5)]
 
 
 def test_threads_that_take_a_fresh_lease_at_once_get_it_one_after_the_other(key: str):
@@ -230,23 +129,6 @@ def test_clocks_that_disagree_do_not_steal_a_live_lease(key: str, shift: float):
     assert manager().acquire_lock(key, "me", acquire_timeout=20)
 
 
-@pytest.mark.parametrize("where", [{}, {"host": None, "boot": "another"}, {"host": None, "namespace": "another container"}])
-def test_a_process_elsewhere_is_never_taken_for_dead(key: str, where: dict[str, str | None]):
-    here = Owner.current(0).host
-    foreign(key, **{name: value or here for name, value in where.items()})
-    assert manager().is_locked(key)
-    assert not manager().acquire_lock(key, "me", acquire_timeout=0)
-
-
-def test_another_process_with_the_same_number_is_not_the_holder(key: str):
-    lease = grant(key, "other", None, thread=0)
-    assert lease is not None
-    record = json.loads(lease.path.read_text())
-    record["owner"]["started"] = "1"
-    lease.path.write_text(json.dumps(record))
-    assert manager().acquire_lock(key, "me", acquire_timeout=0)
-
-
 def test_a_waiter_that_was_suspended_does_not_count_the_time_it_did_not_look(key: str, monkeypatch: pytest.MonkeyPatch):
     foreign(key)
     now = iter(float(1000 * look) for look in range(1_000_000))
@@ -280,17 +162,6 @@ def test_a_holder_survives_the_loss_of_the_lease_directory(key: str):
     assert not locks.is_locked(key)
     locks.release_lock(key, "me")
     assert locks.acquire_lock(key, "you", acquire_timeout=0)
-
-
-def test_who_takes_the_lease_after_its_directory_was_lost_is_the_only_owner(key: str):
-    process = start_holder(key)
-    process.send_signal(signal.SIGSTOP)
-    shutil.rmtree(lease_directory(key).parent)
-    locks = manager()
-    assert locks.acquire_lock(key, "me", acquire_timeout=0)
-    process.send_signal(signal.SIGCONT)
-    assert process.communicate("\n")[0].startswith("lost: ")
-    locks.assert_held(key)
 
 
 def test_a_lease_left_behind_by_the_same_thread_does_not_block_it(key: str, told: list[str]):
@@ -342,7 +213,9 @@ def test_a_pickled_manager_has_its_settings_and_holds_nothing_and_a_deep_copy_is
     assert deepcopy(locks) is locks
 
 
-def test_in_a_read_only_place_there_is_no_lease_but_what_is_committed_can_be_read(key: str, told: list[str], monkeypatch: pytest.MonkeyPatch):
+def test_in_a_read_only_place_there_is_no_lease_but_what_is_committed_can_be_read(
+    key: str, told: list[str], monkeypatch: pytest.MonkeyPatch
+):
     def refuse(*_, **__):
         raise StorageError(30, "read-only")
 

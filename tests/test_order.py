@@ -19,7 +19,9 @@ def test_permute_depends_on_the_key_and_handles_huge_domains() -> None:
     index = np.arange(1000)
     assert not np.array_equal(permute(index, 1000, hash64(1)), permute(index, 1000, hash64(2)))
     huge = permute(index + 10**12, 2**50 + 3, hash64(5))
-    assert len(np.unique(huge)) == 1000 and huge.min() >= 0 and huge.max() < 2**50 + 3
+    assert len(np.unique(huge)) == 1000
+    assert huge.min() >= 0
+    assert huge.max() < 2**50 + 3
 
 
 def order(weights: dict[str, float], sizes: dict[str, int] | None = None, seq_len: int = 16, seed: int = 0) -> RowOrder:
@@ -43,19 +45,23 @@ def test_each_epoch_visits_every_window_once_and_the_next_is_cut_and_ordered_ane
     tokens, seq_len = 1000, 16
     windows = tokens // seq_len - 1
     _, start = order({"only": 3.0}, {"only": tokens}, seq_len).locate(np.arange(BLOCK))
-    assert start.min() >= 0 and start.max() + seq_len + 1 <= tokens
+    assert start.min() >= 0
+    assert start.max() + seq_len + 1 <= tokens
     # rows of a block are placed by a permutation, so epochs are recovered from the cut offset of each window
     offsets, counts = np.unique(start % seq_len, return_counts=True)
-    assert len(offsets) > 8 and counts.max() >= windows
+    assert len(offsets) > 8
+    assert counts.max() >= windows
     single = RowOrder([Component("only", 1.0, 2 * BLOCK * seq_len + 2 * seq_len)], seq_len, 0)
     _, first_epoch = single.locate(np.arange(2 * BLOCK))
-    assert len(np.unique(first_epoch)) == 2 * BLOCK and len(np.unique(first_epoch % seq_len)) <= 2
+    assert len(np.unique(first_epoch)) == 2 * BLOCK
+    assert len(np.unique(first_epoch % seq_len)) <= 2
 
 
 @pytest.mark.parametrize("tokens", [17, 18, 31, 32, 33, 47, 48, 49, 160])
 def test_every_window_lies_inside_the_stream(tokens: int) -> None:
     _, start = order({"only": 1.0}, {"only": tokens}).locate(np.arange(2 * BLOCK))
-    assert start.min() >= 0 and start.max() + 17 <= tokens
+    assert start.min() >= 0
+    assert start.max() + 17 <= tokens
 
 
 def windows_of(rows: RowOrder, name: str, count: int) -> list[int]:

@@ -58,5 +58,5 @@ def test_same_key_same_weights_and_no_two_matrices_alike() -> None:
 
 
 def test_unset_vocabulary_is_refused() -> None:
-    with pytest.raises(ValueError, match="model.vocab_size is unset"):
+    with pytest.raises(ValueError, match=r"model.vocab_size is unset"):
         init_params(LlamaConfig(hidden_dim=64, num_heads=4, num_kv_heads=4), jax.random.key(0))

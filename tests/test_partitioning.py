@@ -1,5 +1,7 @@
 """Mesh, rules and shardings on 8 virtual devices, and the sharded model against the model on one device."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,6 @@ from model.partitioning import MESH_AXES, batch_sharding, constrain, make_mesh, 
 CONFIG = LlamaConfig(
     seq_len=24, hidden_dim=32, intermediate_dim=48, num_layers=3, num_heads=4, num_kv_heads=2, vocab_size=64, cross_entropy_block_size=10
 )
-MESHES = [{}, {"tensor": 2}, {"data": 2, "tensor": 2}]
 
 
 def batch(rows: int = 8) -> dict[str, jax.Array]:
@@ -43,27 +44,34 @@ def mean_loss(params: dict, batch: dict[str, jax.Array], config: LlamaConfig, me
     return sums.loss / sums.weight
 
 
-@pytest.mark.parametrize("sizes", MESHES)
-@pytest.mark.parametrize("tied", [False, True])
-def test_sharded_loss_and_gradients_equal_one_device(sizes: dict[str, int], tied: bool) -> None:
-    config = CONFIG.model_copy(update={"tie_word_embeddings": tied})
-    params, data, mesh = init_params(config, jax.random.key(0)), batch(), make_mesh(**sizes)
-    loss, gradients = jax.jit(jax.value_and_grad(mean_loss), static_argnums=(2, 3))(params, data, config, None)
+loss_and_gradients = jax.value_and_grad(mean_loss)
 
+
+@functools.cache
+def on_one_device(tied: bool) -> tuple[LlamaConfig, dict, jax.Array, dict]:
+    """Configuration, weights, loss and gradients without a mesh."""
+    config = CONFIG.model_copy(update={"tie_word_embeddings": tied})
+    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(7))
+    return config, params, *jax.jit(loss_and_gradients, static_argnums=(2, 3))(params, batch(), config, None)
+
+
+@pytest.mark.parametrize(("sizes", "tied"), [({}, False), ({"tensor": 2}, False), ({"data": 2, "tensor": 2}, False), ({"tensor": 2}, True)])
+def test_sharded_loss_and_gradients_equal_one_device(sizes: dict[str, int], tied: bool) -> None:
+    config, params, loss, gradients = on_one_device(tied)
+    mesh = make_mesh(**sizes)
     shardings = param_shardings(config, mesh)
-    step = jax.jit(jax.value_and_grad(mean_loss), static_argnums=(2, 3), out_shardings=(None, shardings))
-    sharded_loss, sharded_gradients = step(jax.device_put(params, shardings), jax.device_put(data, batch_sharding(mesh)), config, mesh)
+    step = jax.jit(loss_and_gradients, static_argnums=(2, 3), out_shardings=(None, shardings))
+    sharded_loss, sharded_gradients = step(jax.device_put(params, shardings), jax.device_put(batch(), batch_sharding(mesh)), config, mesh)
 
     np.testing.assert_allclose(sharded_loss, loss, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, atol=5e-6 * float(jnp.abs(a).max())), gradients, sharded_gradients)
 
 
 def test_initial_weights_do_not_depend_on_the_mesh() -> None:
-    alone = jax.jit(init_params, static_argnums=0)(CONFIG, jax.random.key(7))
-    for sizes in MESHES:
-        shardings = param_shardings(CONFIG, make_mesh(**sizes))
-        sharded = jax.jit(init_params, static_argnums=0, out_shardings=shardings)(CONFIG, jax.random.key(7))
-        jax.tree.map(np.testing.assert_array_equal, alone, sharded)
+    _, alone, _, _ = on_one_device(tied=False)
+    shardings = param_shardings(CONFIG, make_mesh(data=2, tensor=2))
+    sharded = jax.jit(init_params, static_argnums=0, out_shardings=shardings)(CONFIG, jax.random.key(7))
+    jax.tree.map(np.testing.assert_array_equal, alone, sharded)
 
 
 def test_fsdp_takes_the_devices_that_are_left() -> None:
@@ -101,7 +109,8 @@ def test_every_matrix_is_split_over_the_whole_mesh() -> None:
 def test_width_that_fsdp_does_not_divide_stays_whole() -> None:
     config = CONFIG.model_copy(update={"hidden_dim": 36})
     shardings = param_shardings(config, make_mesh())
-    assert shardings["embed"].is_fully_replicated and shardings["layers"]["wq"].is_fully_replicated
+    assert shardings["embed"].is_fully_replicated
+    assert shardings["layers"]["wq"].is_fully_replicated
 
 
 @pytest.mark.parametrize(("field", "value"), [("num_heads", 6), ("num_kv_heads", 2), ("intermediate_dim", 50), ("vocab_size", 65)])

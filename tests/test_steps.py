@@ -166,5 +166,6 @@ def test_an_unfinished_run_is_told(tmp_path: Path):
 
 
 def test_planning_imports_no_orchestrator_and_no_framework():
-    code = "import sys, tasks.steps, tasks.artifacts, tasks.audit, tasks.leases; print({'prefect', 'jax', 'tensorflow', 'numpy'} & set(sys.modules))"
+    modules = "tasks.steps, tasks.artifacts, tasks.audit, tasks.leases"
+    code = f"import sys, {modules}; print({{'prefect', 'jax', 'tensorflow', 'numpy'}} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -29,7 +29,8 @@ def test_round_trip_and_every_slice_across_shards(tmp_path: Path, shards: list[l
     split = TokenStore.open(write_store(tmp_path / "s", "s", {"train": shards})).splits["train"]
     expected = np.array(flat(shards))
     starts = np.flatnonzero(expected == BOS)
-    assert split.num_tokens == len(expected) and split.num_documents == 36
+    assert split.num_tokens == len(expected)
+    assert split.num_documents == 36
     assert split.source_bytes == 3 * (len(expected) - 72)
     for start in range(0, len(expected), 17):
         for stop in (start, start + 1, min(start + 400, len(expected)), len(expected)):
@@ -97,12 +98,17 @@ def test_a_shard_counts_only_with_its_key_and_its_hashes(tmp_path: Path) -> None
     assert writer.committed("train", 0, 1, "s-train-0") is None
 
 
+def half_written(writer: TokenStoreWriter) -> None:
+    with writer.shard("train", 0, 1, "k") as shard:
+        shard.add(np.array([BOS, 9, EOS]), 1)
+        raise RuntimeError("stop")
+
+
 def test_a_writer_that_fails_leaves_no_shard_and_the_next_cleans_up(tmp_path: Path) -> None:
     writer = TokenStoreWriter(tmp_path, vocab_size=512, bos_id=BOS, eos_id=EOS, tokenizer_sha256="t" * 64)
     place = shard_directory(tmp_path, "train", 0, 1)
-    with pytest.raises(RuntimeError, match="stop"), writer.shard("train", 0, 1, "k") as shard:
-        shard.add(np.array([BOS, 9, EOS]), 1)
-        raise RuntimeError("stop")
+    with pytest.raises(RuntimeError, match="stop"):
+        half_written(writer)
     assert list(place.iterdir()) == []
     # what kill -9 leaves
     (place / ".tokens.bin.123-abc.tmp").write_bytes(b"half")
