@@ -67,21 +67,37 @@ _TASK_RUNNER: Any = ThreadPoolTaskRunner(max_workers=4)
 
 @flow(name="train-llama", flow_run_name="train-llama-{preset}", task_runner=_TASK_RUNNER)
 def train_llama(
-    preset: Annotated[Preset, Field(description="The run to start from; everything below changes it.")] = Preset.DEBUG,
-    name: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$", description="Name of the run.")] = None,
-    num_train_steps: Annotated[int | None, Field(ge=1, description="Optimizer steps.")] = None,
-    train_batch_size: Annotated[int | None, Field(ge=1, description="Sequences in one optimizer step.")] = None,
-    learning_rate: Annotated[float | None, Field(gt=0, description="Peak learning rate.")] = None,
-    seed: Annotated[int | None, Field(ge=0, description="Seed of the weights and of the data order.")] = None,
-    model: Annotated[LlamaConfig | None, Field(description="The whole model, instead of the preset's.")] = None,
-    train: Annotated[SimpleTrainConfig | None, Field(description="The whole training configuration, instead of the preset's.")] = None,
-    data: Annotated[Mixture | None, Field(description="The whole data mixture, instead of the preset's.")] = None,
-    track: Annotated[list[TrackerName] | None, Field(description="Trackers besides metrics.jsonl; offline without an account.")] = None,
-    root: Annotated[str | None, Field(description="Where artifacts lie; unset: PREFECT_LLAMA_ROOT, else ./artifacts.")] = None,
-    only: Annotated[str | None, Field(description="Regular expression: just these steps (kind/name) and what they need.")] = None,
-    force: Annotated[list[str] | None, Field(description="Regular expressions: run these steps although they are there.")] = None,
+    preset: Preset = Preset.DEBUG,
+    name: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$")] = None,
+    num_train_steps: Annotated[int | None, Field(ge=1)] = None,
+    train_batch_size: Annotated[int | None, Field(ge=1)] = None,
+    learning_rate: Annotated[float | None, Field(gt=0)] = None,
+    seed: Annotated[int | None, Field(ge=0)] = None,
+    model: LlamaConfig | None = None,
+    train: SimpleTrainConfig | None = None,
+    data: Mixture | None = None,
+    track: list[TrackerName] | None = None,
+    root: str | None = None,
+    only: str | None = None,
+    force: list[str] | None = None,
 ) -> list[Artifact]:
-    """Pretrains a Llama from raw text and returns the artifacts of its steps, inputs first."""
+    """Pretrains a Llama from raw text and returns the artifacts of its steps, inputs first.
+
+    Args:
+        preset: The run to start from; everything below changes it.
+        name: Name of the run: directories and trackers use it. Unset: the preset's.
+        num_train_steps: Optimizer steps. Unset: the preset's.
+        train_batch_size: Sequences in one optimizer step, over all devices. Unset: the preset's.
+        learning_rate: Peak learning rate. Unset: the preset's.
+        seed: Seed of the weights and of the data order. Unset: the preset's.
+        model: The whole model, instead of the preset's.
+        train: The whole training configuration, instead of the preset's.
+        data: The whole data mixture, instead of the preset's.
+        track: Trackers besides metrics.jsonl; offline without an account.
+        root: Where artifacts lie. Unset: PREFECT_LLAMA_ROOT, else ./artifacts.
+        only: Regular expression: just the steps (kind/name) that it finds, and what they need.
+        force: Regular expressions: run the steps (kind/name) that they find although they are there.
+    """
     config = resolve_run(
         preset,
         name=name,

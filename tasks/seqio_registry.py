@@ -87,7 +87,7 @@ class TextFilesSource(seqio.DataSource):
 def prepend_bos(dataset: tf.data.Dataset, output_features: Mapping[str, Any]) -> tf.data.Dataset:
     """A preprocessor that puts the vocabulary's BOS id before each tokenized feature."""
 
-    def with_bos(example: dict[str, Any]) -> dict[str, Any]:
+    def _with_bos(example: dict[str, Any]) -> dict[str, Any]:
         begun = {
             key: tf.concat([tf.constant([feature.vocabulary.bos_id], example[key].dtype), example[key]], axis=0)
             for key, feature in output_features.items()
@@ -95,7 +95,7 @@ def prepend_bos(dataset: tf.data.Dataset, output_features: Mapping[str, Any]) ->
         }
         return {**example, **begun}
 
-    return dataset.map(with_bos, num_parallel_calls=tf.data.AUTOTUNE)
+    return dataset.map(_with_bos, num_parallel_calls=tf.data.AUTOTUNE)
 
 
 def add_task(name: str, files: Sequence[Path], reading: Reading, tokenizer: str | Path) -> seqio.Task:

@@ -76,6 +76,7 @@ class _Raw:
 
     @property
     def where(self) -> str:
+        """The place in words, for messages."""
         return f"{self.path} line {self.line} (byte {self.offset})"
 
     def undecodable(self) -> _BadDocument | None:
@@ -184,7 +185,7 @@ def _paragraphs(file: BinaryIO, path: Path, limit: int) -> Iterator[_Raw | _BadD
     size = last_end = 0
     bad: _BadDocument | None = None
 
-    def ended() -> _Raw | _BadDocument:
+    def _ended() -> _Raw | _BadDocument:
         if bad is not None or first is None:
             assert bad is not None
             return bad
@@ -204,10 +205,10 @@ def _paragraphs(file: BinaryIO, path: Path, limit: int) -> Iterator[_Raw | _BadD
                 block += line.data
         else:
             if first is not None or bad is not None:
-                yield ended()
+                yield _ended()
             first, block, size, bad = None, bytearray(), 0, None
     if first is not None or bad is not None:
-        yield ended()
+        yield _ended()
 
 
 def _joined(paragraphs: Iterator[_Raw | _BadDocument], reading: Reading) -> Iterator[_Raw | _BadDocument]:

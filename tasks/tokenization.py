@@ -33,7 +33,8 @@ def tokenize_body(step: Step, directory: Path, inputs: tuple[Artifact, ...]) -> 
     """Writes the shards of `step` into `directory`; those that are there with their hashes are kept.
 
     A shard is a source file. The bytes written do not depend on how often the step was killed on the way.
-    Raises DataError for text that cannot be used, ChildFailed where the process died of something else.
+    Raises DataError for text that cannot be used, OSError where the disk is full or closed, ChildFailed where the process
+    died of something else.
     """
     config = step.config
     model = Path(inputs[-1].path) / MODEL
@@ -93,14 +94,14 @@ def _run_worker(name: str, spec: TokenizationSpec, directory: Path) -> dict[str,
     logger = run_logger()
     path = directory / _SPEC
     write_json(path, spec.model_dump(mode="json"))
-    about_data = False
+    error: dict[str, Any] = {}
     counts: dict[str, int] = {}
     told = time.monotonic()
 
-    def on_event(event: dict[str, Any]) -> None:
-        nonlocal about_data, told
+    def _on_event(event: dict[str, Any]) -> None:
+        nonlocal told
         if event.get("event") == "error":
-            about_data = event.get("kind") == "data"
+            error.update(event)
         elif event.get("event") == "shards":
             counts.update(event["counts"])
         elif event.get("event") == "shard" and (time.monotonic() - told > _LOG_SECONDS or event["shard"] + 1 == event["of"]):
@@ -111,10 +112,13 @@ def _run_worker(name: str, spec: TokenizationSpec, directory: Path) -> dict[str,
             )  # fmt: skip
 
     try:
-        run_child(_WORKER, [str(path.absolute())], on_event)
+        run_child(_WORKER, [str(path.absolute())], _on_event)
     except ChildFailed as failed:
-        if about_data:
+        if error.get("kind") == "data":
             raise DataError(str(failed)) from None
+        if error.get("kind") == "storage":
+            # with its number, so that whoever runs the step knows a full disk from a closed one
+            raise OSError(error["errno"], str(failed)) from None
         raise
     return counts
 

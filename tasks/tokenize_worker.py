@@ -41,6 +41,9 @@ def main(arguments: list[str]) -> int:
     except (DataError, StoreError) as error:
         emit("error", message=str(error), kind="data")
         return 1
+    except OSError as error:
+        emit("error", message=f"{error.strerror or error}: {error.filename or spec.store}", kind="storage", errno=error.errno)
+        return 1
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,13 @@ from model.durable import write_json
 from model.job import TrainingJob
 from model.metrics import read_json_lines, read_samples
 from tasks.artifacts import Artifact
-from tasks.caching import StepOutput, step_task
+from tasks.caching import StepOutput, assert_still_owner, step_task
 from tasks.children import ChildStopped, run_child
 from tasks.config import TrainingStep
 from tasks.steps import Step
 from tasks.training_report import TrainingReport
 
+OWNER_SECONDS = 5.0
 STOPPED = 75  # exit status of a trainer that saved and stopped because it was asked to
 
 
@@ -45,9 +47,20 @@ def train_body(step: Step, directory: Path, inputs: tuple[Artifact, ...]) -> Ste
     job_file = directory / ".job.json"
     write_json(job_file, job.model_dump(mode="json"))
     report = TrainingReport(job)
+
+    checked = time.monotonic()
+
+    def on_event(event: dict[str, Any]) -> None:
+        nonlocal checked
+        if time.monotonic() - checked > OWNER_SECONDS:
+            # A paused machine may wake up when another one has taken over: then this trainer must stop writing.
+            assert_still_owner()
+            checked = time.monotonic()
+        report.on_event(event)
+
     try:
         with report:
-            run_child("model.trainer", [str(job_file)], report.on_event, stopped_status=STOPPED)
+            run_child("model.trainer", [str(job_file)], on_event, stopped_status=STOPPED)
     except ChildStopped:
         saved = f"saved at step {report.step} of {job.train.num_train_steps}"
         raise ChildStopped(f"training {job.name} was stopped and {saved}: run the same command again to continue") from None

@@ -16,9 +16,8 @@ from model.hf_config import SpecialIds
 from model.hf_tokenizer import HfTokenizer
 from model.parameters import init_params
 
-WORDS = (
-    "the quick brown fox jumps over a lazy dog while seventeen zebras quietly examine my broken typewriter and hum the same old song again"
-).split()
+SENTENCE = "the quick brown fox jumps over a lazy dog while seventeen zebras quietly examine my broken typewriter and hum an old song again"
+WORDS = SENTENCE.split()
 KINDS = [
     ("bpe", "identity", False, True),
     ("bpe", "nmt_nfkc", True, True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -181,7 +182,7 @@ def test_finished_shards_are_kept_without_starting_a_process_and_damaged_ones_ar
 
 
 def test_what_the_worker_says_about_data_is_a_data_error_and_the_rest_is_not(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    event = {"event": "error", "message": "web.txt line 2: bad", "kind": "data"}
+    event: dict[str, Any] = {"event": "error", "message": "web.txt line 2: bad", "kind": "data"}
     empty = run.root / "empty"
     empty.mkdir()
 
@@ -192,6 +193,10 @@ def test_what_the_worker_says_about_data_is_a_data_error_and_the_rest_is_not(run
     monkeypatch.setattr(tokenization, "run_child", worker)
     with pytest.raises(DataError, match=r"^web\.txt line 2: bad$"):
         tokenize_body(run.tokens, empty, run.inputs())
+    event.update(kind="storage", errno=errno.ENOSPC)
+    with pytest.raises(OSError, match="bad") as full:
+        tokenize_body(run.tokens, empty, run.inputs())
+    assert full.value.errno == errno.ENOSPC
     event["kind"] = "other"
     with pytest.raises(ChildFailed, match="bad"):
         tokenize_body(run.tokens, empty, run.inputs())
