@@ -10,18 +10,20 @@ import sys
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
+PARENT_VARIABLE = "PREFECT_LLAMA_PARENT_PID"
 
 
 def die_with_parent() -> None:
     """Asks Linux to kill this process when its parent dies, so that no orphan goes on writing.
 
-    Elsewhere the parent's own clean-up has to do. The parent may have died before the request: then exit now.
+    Elsewhere the parent's own clean-up has to do. The parent may have died before the request: then exit now. It gives its
+    process id in the environment, since a child that was already adopted by another process cannot tell.
     """
     if sys.platform != "linux":
         return
-    parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent or parent == 1:
+    parent = os.environ.get(PARENT_VARIABLE)
+    if parent is not None and os.getppid() != int(parent):
         raise SystemExit("the parent process is gone")
 
 

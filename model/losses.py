@@ -197,9 +197,8 @@ def _chunk_loss(plan: _Plan, x_CD: jax.Array, head_DV: jax.Array, targets_C: jax
         maximum_C = jax.lax.pmax(maximum_C, axis)
         columns_C = targets_C - vocab * jax.lax.axis_index(axis)
     exponentials_CV = jnp.exp(logits_CV - maximum_C[:, None])
-    here_C = (columns_C >= 0) & (columns_C < vocab)
-    column_logit_C = jnp.take_along_axis(logits_CV, jnp.clip(columns_C, 0, vocab - 1)[:, None], axis=-1)[:, 0]
-    partial = (exponentials_CV.sum(axis=-1), jnp.where(here_C, column_logit_C, 0.0), here_C.astype(jnp.int32))
+    here_CV = columns_C[:, None] == jnp.arange(vocab)
+    partial = (exponentials_CV.sum(axis=-1), jnp.where(here_CV, logits_CV, 0.0).sum(axis=-1), here_CV.any(axis=-1).astype(jnp.int32))
     normaliser_C, target_logit_C, found_C = jax.lax.psum(partial, axis) if axis else partial
 
     logsumexp_C = maximum_C + jnp.log(normaliser_C)
@@ -208,8 +207,7 @@ def _chunk_loss(plan: _Plan, x_CD: jax.Array, head_DV: jax.Array, targets_C: jax
     # A token of weight zero may have any target.
     cross_entropy, z_loss = (jnp.where(weights_C != 0, weights_C * term, 0.0).sum() for term in (cross_entropy_C, z_loss_C))
     probabilities_scale_C = (1.0 + 2.0 * plan.z_loss_weight * logsumexp_C) / normaliser_C
-    one_hot_CV = columns_C[:, None] == jnp.arange(vocab)
-    d_logits_CV = (exponentials_CV * probabilities_scale_C[:, None] - one_hot_CV) * weights_C[:, None]
+    d_logits_CV = (exponentials_CV * probabilities_scale_C[:, None] - here_CV) * weights_C[:, None]
     return LossSums(cross_entropy + z_loss, cross_entropy, z_loss, weights_C.sum()), d_logits_CV
 
 

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from model.child import PARENT_VARIABLE
+
 SAVE_SECONDS = 25.0  # what a preempted Cloud TPU VM grants, less some
 
 _running: set[subprocess.Popen[str]] = set()
@@ -39,7 +41,7 @@ def run_child(module: str, arguments: list[str], on_event: Callable[[dict[str, A
         ChildFailed: with the message of its `{"event": "error"}` line, or its last words on standard error.
         ChildStopped: it ended with `stopped_status`, or was stopped by `stop_children`.
     """
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": _import_path()}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": _import_path(), PARENT_VARIABLE: str(os.getpid())}
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as stderr:
         # A session of its own: Ctrl-C in the terminal reaches the flow alone, which then asks the child once.
         process = subprocess.Popen(

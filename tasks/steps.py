@@ -116,24 +116,31 @@ class Step:
         return "an earlier run of this step did not finish: it continues" if started else "first run of this step"
 
     def _changes_since(self, earlier: Manifest, root: Path) -> list[str]:
-        lines = differences(earlier.config, canonical_value(self.config))
-        lines += [f"rebuilt because {line}" for line in self._upstream_changes(earlier, root)]
-        if earlier.code_version != self.code_version:
-            lines.append(f"code_version: {earlier.code_version} -> {self.code_version}")
+        lines = self._own_changes(earlier) + self._upstream_changes(earlier, root)
         return lines or ["the order of its inputs changed"]
 
+    def _own_changes(self, earlier: Manifest) -> list[str]:
+        lines = differences(earlier.config, canonical_value(self.config))
+        if earlier.code_version != self.code_version:
+            lines.append(f"code_version: {earlier.code_version} -> {self.code_version}")
+        return lines
+
     def _upstream_changes(self, earlier: Manifest, root: Path) -> list[str]:
-        lines: list[str] = []
+        """What changed among the inputs, each cause once and at its root, however many inputs it came through."""
+        lines: dict[str, None] = {}
         for step in self.upstream:
             if step.fingerprint in earlier.upstream:
                 continue
             older = _manifest_among(step, earlier.upstream, root)
-            detail = f" ({'; '.join(step._changes_since(older, root))})" if older else ""
-            lines.append(f"{step.kind}/{step.name} changed{detail}")
+            own = step._own_changes(older) if older else []
+            further = step._upstream_changes(older, root) if older else []
+            if own or not further:
+                lines[f"rebuilt because {step.kind}/{step.name} changed" + (f" ({'; '.join(own)})" if own else "")] = None
+            lines.update(dict.fromkeys(further))
         removed = len(earlier.upstream) - len(self.upstream)
         if removed > 0:
-            lines.append(f"{removed} of its inputs were removed")
-        return lines
+            lines[f"rebuilt because {removed} of its inputs were removed"] = None
+        return list(lines)
 
 
 def _manifest_among(step: Step, fingerprints: list[str], root: Path) -> Manifest | None:

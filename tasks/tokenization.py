@@ -27,6 +27,8 @@ from tasks.vocabulary_file import VocabularyInfo, inspect_vocabulary
 _WORKER = "tasks.tokenize_worker"
 _SPEC = ".tokenize.json"
 _LOG_SECONDS = 5.0
+# One at a time: each child holds TensorFlow's 700 MB, and a laptop has little more to give.
+_one_child = threading.Lock()
 
 
 def tokenize_body(step: Step, directory: Path, inputs: tuple[Artifact, ...]) -> dict[str, Any]:
