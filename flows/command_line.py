@@ -19,6 +19,7 @@ from rich.table import Table
 
 from model.config_base import nearest
 from tasks.config import RunConfig
+from tasks.datasets import own_text_mixture
 from tasks.experiment import root_directory
 from tasks.planning import plan_lines, plan_rows, plan_run
 from tasks.presets import Preset, preset
@@ -31,6 +32,8 @@ class Arguments:
     """Flags of one run; those of the configuration follow, by section."""
 
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
+    text: tuple[str, ...] = ()
+    """Train on text of your own: paths or globs of plain text or .jsonl files, instead of the preset's data."""
     root: str | None = None
     """Where artifacts lie; unset: PREFECT_LLAMA_ROOT, else ./artifacts."""
     plan: bool = False
@@ -93,6 +96,8 @@ def _named_errors(command: Callable[[], int]) -> int:
 
 def _run(arguments: Arguments, preset_name: str | None) -> int:
     config, root = arguments.config, root_directory(arguments.root)
+    if arguments.text:
+        config = config.model_copy(update={"data": own_text_mixture(arguments.text, config.data.tokenizer)})
     plan = plan_run(config, root, only=arguments.only, force=arguments.force)
     _print_plan(plan_lines(plan), plan_rows(plan), title=config.name)
     if arguments.plan:

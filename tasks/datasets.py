@@ -220,3 +220,14 @@ def shakespeare_mixture() -> Mixture:
         tags=("public-domain",),
     )
     return Mixture(name="shakespeare", datasets=(plays, sonnets), weights={"plays": 0.9, "sonnets": 0.1}, tokenizer=SentencePieceTraining())
+
+
+def own_text_mixture(sources: tuple[str, ...], tokenizer: Tokenizer) -> Mixture:
+    """A mixture of one dataset, `text`, over files of one's own: `.jsonl` by the key `text`, everything else as plain text.
+
+    Plain text is cut at blank lines into documents of 2,000 bytes or more; a twentieth is held out.
+    """
+    jsonl = all(source.endswith(".jsonl") for source in sources)
+    reading = {"format": "jsonl"} if jsonl else {"document": "paragraph", "min_document_bytes": 2000}
+    dataset = Dataset(name="text", source=sources, holdout=0.05, **reading)
+    return Mixture(name="text", datasets=(dataset,), weights={"text": 1.0}, tokenizer=tokenizer)

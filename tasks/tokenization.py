@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 import shutil
 import time
 from collections.abc import Mapping
