@@ -79,8 +79,7 @@ def next_token_loss(
             f"{hidden_BSD.shape[:2]}"
         )
     plan = _plan(hidden_BSD.shape[0], head_DV.shape, z_loss_weight, chunk_size, mesh)
-    sums = _fused_loss(plan, hidden_BSD, head_DV, targets_BS, loss_weights_BS.astype(jnp.float32))
-    return LossSums(sums.loss, *jax.lax.stop_gradient(sums[1:]))
+    return _fused_loss(plan, hidden_BSD, head_DV, targets_BS, loss_weights_BS.astype(jnp.float32))
 
 
 def _plan(batch: int, head_shape: tuple[int, ...], z_loss_weight: float, chunk_size: int, mesh: Mesh | None) -> _Plan:

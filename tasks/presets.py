@@ -21,7 +21,7 @@ class Preset(StrEnum):
 
 def _debug() -> RunConfig:
     train = SimpleTrainConfig(
-        train_batch_size=16,
+        train_batch_size=8,
         num_train_steps=300,
         learning_rate=3e-3,
         weight_decay=0.1,
@@ -32,7 +32,7 @@ def _debug() -> RunConfig:
         steps_per_export=50,
         steps_per_log=5,
         steps_per_sample=100,
-        sample_prompts=("Ham.\nTo be, or not", "Enter the King", "Shall I compare thee"),
+        sample_prompts=("HAM.\nTo be, or not", "Enter the King", "Shall I compare thee"),
         sample_tokens=80,
     )
     return RunConfig(name="debug", model=MODELS["debug"], train=train, data=shakespeare_mixture())
@@ -40,17 +40,17 @@ def _debug() -> RunConfig:
 
 def _tiny() -> RunConfig:
     train = SimpleTrainConfig(
-        train_batch_size=32,
-        num_train_steps=2000,
+        train_batch_size=16,
+        num_train_steps=600,
         learning_rate=2e-3,
         weight_decay=0.1,
         warmup=0.05,
         z_loss_weight=1e-4,
         compute_dtype="float32",
-        steps_per_eval=250,
-        steps_per_export=250,
-        steps_per_sample=500,
-        sample_prompts=("Ham.\nTo be, or not", "Enter the King", "Shall I compare thee"),
+        steps_per_eval=100,
+        steps_per_export=50,
+        steps_per_sample=200,
+        sample_prompts=("HAM.\nTo be, or not", "Enter the King", "Shall I compare thee"),
         sample_tokens=120,
     )
     return RunConfig(name="tiny", model=MODELS["tiny"], train=train, data=shakespeare_mixture())

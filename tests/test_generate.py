@@ -66,6 +66,12 @@ def test_the_seed_decides_the_sample(params: dict) -> None:
     assert same_prompt[0] != same_prompt[1], "rows must not share their random numbers"
 
 
+def test_every_step_draws_anew(params: dict) -> None:
+    indifferent = jax.tree.map(jnp.zeros_like, params)
+    for row in generate(indifferent, CONFIG, PROMPTS, max_new_tokens=12, temperature=1.0, seed=3):
+        assert len(set(row)) > 6, "twelve draws from fifty equally likely tokens"
+
+
 def test_a_row_does_not_depend_on_the_other_prompts(params: dict) -> None:
     together = generate(params, CONFIG, PROMPTS, max_new_tokens=8, temperature=0.7, seed=5)
     assert generate(params, CONFIG, PROMPTS[:1], max_new_tokens=8, temperature=0.7, seed=5) == together[:1]

@@ -38,6 +38,11 @@ def export(params: dict, tmp_path: Path) -> Path:
     return tmp_path / "hf"
 
 
+def assert_same_arrays(actual: dict, expected: dict) -> None:
+    """Two parameter trees, bit for bit."""
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
 def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
@@ -56,7 +61,7 @@ def test_import_gives_back_the_configuration_and_the_very_bits(name: str, tmp_pa
     loaded_config, loaded = load_hf(tmp_path)
     assert loaded_config == config
     assert jax.tree.structure(loaded) == jax.tree.structure(params)
-    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    assert_same_arrays(loaded, params)
     assert all(array.dtype == np.float32 for array in jax.tree.leaves(loaded))
 
 
@@ -71,14 +76,14 @@ def test_shards_hold_the_same_tensors_and_list_them(params: dict, tmp_path: Path
         assert {name for name, file in index["weight_map"].items() if file == shard.name} == set(tensors)
         assert sum(array.nbytes for array in tensors.values()) <= 4000
     assert index["metadata"]["total_size"] == sum(array.nbytes for array in jax.tree.leaves(params))
-    jax.tree.map(np.testing.assert_array_equal, load_hf(tmp_path)[1], params)
+    assert_same_arrays(load_hf(tmp_path)[1], params)
 
 
 def test_a_later_export_replaces_an_earlier_one(params: dict, tmp_path: Path) -> None:
     other = jax.tree.map(lambda x: x + 1, params)
     for max_shard_bytes, weights in ((10**9, params), (4000, other), (10**9, params)):
         save_hf(tmp_path, CONFIG, weights, max_shard_bytes=max_shard_bytes)
-        jax.tree.map(np.testing.assert_array_equal, load_hf(tmp_path)[1], weights)
+        assert_same_arrays(load_hf(tmp_path)[1], weights)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
 
 
@@ -107,7 +112,7 @@ def test_an_export_that_died_is_not_taken_for_a_whole_one(params: dict, export: 
     monkeypatch.undo()
     (export / ".model.safetensors.1-ab.tmp").write_bytes(b"left by a killed writer")
     save_hf(export, CONFIG, params)
-    jax.tree.map(np.testing.assert_array_equal, load_hf(export)[1], params)
+    assert_same_arrays(load_hf(export)[1], params)
     assert not list(export.glob(".*"))
 
 
@@ -189,7 +194,7 @@ def test_wrong_tensors_are_named(export: Path, change: Any, message: str) -> Non
 
 def test_stored_rotary_frequencies_are_ignored(export: Path, params: dict) -> None:
     edit_weights(export, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(2, np.float32)}))
-    jax.tree.map(np.testing.assert_array_equal, load_hf(export)[1], params)
+    assert_same_arrays(load_hf(export)[1], params)
 
 
 def test_damaged_files_are_named(export: Path, params: dict) -> None:

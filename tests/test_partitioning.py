@@ -44,6 +44,11 @@ def mean_loss(params: dict, batch: dict[str, jax.Array], config: LlamaConfig, me
     return sums.loss / sums.weight
 
 
+def assert_same_arrays(actual: dict, expected: dict) -> None:
+    """Two parameter trees, bit for bit."""
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
 loss_and_gradients = jax.value_and_grad(mean_loss)
 
 
@@ -71,7 +76,7 @@ def test_initial_weights_do_not_depend_on_the_mesh() -> None:
     _, alone, _, _ = on_one_device(tied=False)
     shardings = param_shardings(CONFIG, make_mesh(data=2, tensor=2))
     sharded = jax.jit(init_params, static_argnums=0, out_shardings=shardings)(CONFIG, jax.random.key(7))
-    jax.tree.map(np.testing.assert_array_equal, alone, sharded)
+    assert_same_arrays(alone, sharded)
 
 
 def test_fsdp_takes_the_devices_that_are_left() -> None:
