@@ -28,6 +28,7 @@ from typing import Annotated, Any
 
 from prefect import flow
 from prefect.futures import PrefectFuture
+from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
@@ -65,7 +66,12 @@ TASKS = {
 _TASK_RUNNER: Any = ThreadPoolTaskRunner(max_workers=4)
 
 
-@flow(name="train-llama", flow_run_name="train-llama-{preset}", task_runner=_TASK_RUNNER)
+def _flow_run_name() -> str:
+    parameters = flow_run.parameters
+    return f"train-llama-{parameters.get('name') or parameters['preset']}"
+
+
+@flow(name="train-llama", flow_run_name=_flow_run_name, task_runner=_TASK_RUNNER)
 def train_llama(
     preset: Preset = Preset.DEBUG,
     name: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$")] = None,

@@ -89,4 +89,4 @@ def _write_provenance(dataset: str, config: RawFiles, path: Path) -> None:
     write_json(path, {**record, "retrieved": datetime.now(UTC).isoformat(timespec="seconds")})
 
 
-download = step_task(description="Copy and check a dataset's files", tags=["data"])(download_body)
+download = step_task(description="Copy and check a dataset's files")(download_body)

@@ -29,4 +29,4 @@ def export_body(step: Step, directory: Path, inputs: tuple[Artifact, ...]) -> St
     return StepOutput(stats={"dtype": config.dtype})
 
 
-export_hf = step_task(description="Export to Hugging Face format", tags=["export"])(export_body)
+export_hf = step_task(description="Export to Hugging Face format")(export_body)

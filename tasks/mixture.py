@@ -96,4 +96,4 @@ def _totals(store: TokenStore, split: str) -> Mapping[str, int]:
     }
 
 
-mix = step_task(description="Name the token stores of a mixture and their shares", tags=["data"])(mix_body)
+mix = step_task(description="Name the token stores of a mixture and their shares")(mix_body)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from prefect.artifacts import create_markdown_artifact
+from prefect.client.orchestration import get_client
+from prefect.context import FlowRunContext, get_run_context
 from prefect.logging import get_run_logger
 
 from tasks.artifacts import Artifact
@@ -19,6 +21,7 @@ def publish_plan(plan: Plan) -> None:
     get_run_logger().info("%d step(s) reused, %d to run, artifacts below %s", actions.count("reuse"), actions.count("run"), plan.root)
     rows = "\n".join(f"| {name} | {action} | {why} |" for name, action, why in plan_rows(plan))
     numbers = "\n".join(f"- {line}" for line in plan_lines(plan))
+    _keep(lambda: _tag_flow_run(["train-llama", f"run:{plan.config.name}", *plan.config.tags]))
     _keep(lambda: create_markdown_artifact(f"{numbers}\n\n| step | action | why |\n|---|---|---|\n{rows}", key="plan", description="Plan"))
 
 
@@ -29,6 +32,14 @@ def publish_summary(plan: Plan, artifacts: list[Artifact]) -> None:
         return
     get_run_logger().info(summary.headline())
     _keep(lambda: create_markdown_artifact(summary.markdown(), key="run-summary", description=f"Summary of {plan.config.name}"))
+
+
+def _tag_flow_run(tags: list[str]) -> None:
+    """Adds tags to the flow run. Tasks get none: for every tag of a task Prefect asks the server for a concurrency slot."""
+    run = get_run_context()
+    if isinstance(run, FlowRunContext) and run.flow_run is not None:
+        with get_client(sync_client=True) as client:
+            client.update_flow_run(run.flow_run.id, tags=sorted({*run.flow_run.tags, *tags}))
 
 
 def _keep(create: Callable[[], Any]) -> None:

@@ -115,7 +115,8 @@ def _run_worker(name: str, spec: TokenizationSpec, directory: Path) -> dict[str,
             )  # fmt: skip
 
     try:
-        run_child(_WORKER, [str(path.absolute())], _on_event)
+        with _one_child:
+            run_child(_WORKER, [str(path.absolute())], _on_event)
     except ChildFailed as failed:
         if error.get("kind") == "data":
             raise DataError(str(failed)) from None
@@ -126,4 +127,4 @@ def _run_worker(name: str, spec: TokenizationSpec, directory: Path) -> dict[str,
     return counts
 
 
-tokenize = step_task(description="Tokenize a dataset with SeqIO", tags=["data"])(tokenize_body)
+tokenize = step_task(description="Tokenize a dataset with SeqIO")(tokenize_body)

@@ -85,4 +85,4 @@ def training_stats(directory: Path, report: TrainingReport) -> dict[str, Any]:
     }
 
 
-train = step_task(description="Train the model", tags=["training"])(train_body)
+train = step_task(description="Train the model")(train_body)

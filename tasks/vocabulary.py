@@ -125,4 +125,4 @@ def _visible(piece: str) -> str:
     return piece.encode("unicode_escape").decode() if not piece.isprintable() else piece
 
 
-train_vocabulary = step_task(description="Train or take the vocabulary", tags=["data"])(train_vocabulary_body)
+train_vocabulary = step_task(description="Train or take the vocabulary")(train_vocabulary_body)
