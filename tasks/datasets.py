@@ -227,7 +227,8 @@ def own_text_mixture(sources: tuple[str, ...], tokenizer: Tokenizer) -> Mixture:
 
     Plain text is cut at blank lines into documents of 2,000 bytes or more; a twentieth is held out.
     """
-    jsonl = all(source.endswith(".jsonl") for source in sources)
-    reading = {"format": "jsonl"} if jsonl else {"document": "paragraph", "min_document_bytes": 2000}
-    dataset = Dataset(name="text", source=sources, holdout=0.05, **reading)
+    if all(source.endswith(".jsonl") for source in sources):
+        dataset = Dataset(name="text", source=sources, holdout=0.05, format="jsonl")
+    else:
+        dataset = Dataset(name="text", source=sources, holdout=0.05, document="paragraph", min_document_bytes=2000)
     return Mixture(name="text", datasets=(dataset,), weights={"text": 1.0}, tokenizer=tokenizer)

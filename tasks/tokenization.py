@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 import shutil
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path

@@ -51,7 +51,8 @@ def test_linear_and_constant_schedules() -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_decay_is_for_linear_weights_only(tied: bool) -> None:
-    config = LlamaConfig(hidden_dim=16, intermediate_dim=32, num_layers=2, num_heads=2, num_kv_heads=1, vocab_size=32, tie_word_embeddings=tied)
+    shape = {"hidden_dim": 16, "intermediate_dim": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "vocab_size": 32}
+    config = LlamaConfig(**shape, tie_word_embeddings=tied)
     shapes = param_shapes(config)
     names = {name.split("/")[-1] for name in decayed_names(shapes)}
     assert names == DECAYED - ({"head"} if tied else set())
@@ -81,8 +82,9 @@ def test_adamw_update_against_its_definition() -> None:
         first = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, first, gradients)
         second = jax.tree.map(lambda v, g: 0.95 * v + 0.05 * g * g, second, gradients)
         expected = jax.tree.map(
-            lambda p, m, v, decayed, s=step: p
-            - 1e-2 * (m / (1 - 0.9**s) / (np.sqrt(v / (1 - 0.95**s)) + 1e-8) + (0.3 * p if decayed else 0.0)),
+            lambda p, m, v, decayed, s=step: (
+                p - 1e-2 * (m / (1 - 0.9**s) / (np.sqrt(v / (1 - 0.95**s)) + 1e-8) + (0.3 * p if decayed else 0.0))
+            ),
             expected,
             first,
             second,

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.synthetic_stores import write_mixture
 
 from model.config import LlamaConfig
 from model.durable import sha256_of
@@ -21,6 +20,7 @@ from model.metrics import read_json_lines
 from model.train_config import SimpleTrainConfig
 from tasks.datasets import SentencePieceTraining
 from tasks.vocabulary import train_sentencepiece
+from tests.synthetic_stores import write_mixture
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 VOCAB = 512
