@@ -64,6 +64,7 @@ class Trainer:
         self.checkpoints = Checkpoints(job.directory / "checkpoints", max_to_keep=job.train.max_checkpoints)
         self.state = self._restore_or_init()
         self.step = self._dispatched = int(self.state.step)
+        self._pending: tuple[int, Any] | None = None
         self._loading_seconds: dict[int, float] = {}
 
         trackers = open_trackers(
@@ -75,6 +76,9 @@ class Trainer:
         self.microbatches = BatchArithmetic.of(job.train, jax.device_count()).num_microbatches
         self.train_step = make_train_step(self.config, job.train, self.mesh, self.microbatches)
         self.hooks = self._make_hooks()
+        self.speed = Speedometer(
+            self.config, self.seq_len, self.seq_len * job.train.train_batch_size, first_step=self.step, last_step=self.last_step
+        )
 
     def _restore_or_init(self) -> TrainState:
         if self.checkpoints.latest_step() is None:
@@ -118,32 +122,32 @@ class Trainer:
 
     def run(self) -> bool:
         """Trains to the last step. False when a signal stopped it, after saving."""
-        self.speed = Speedometer(
-            self.config, self.seq_len, self.seq_len * self.job.train.train_batch_size, first_step=self.step, last_step=self.last_step
-        )
-        pending: tuple[int, Any] | None = None
+        self.speed.pause()
         while self._dispatched < self.last_step and not self.stop_requested:
-            batch = self.feed.take()
-            self._loading_seconds[self._dispatched + 1] = self.feed.waited_seconds
-            self.state, metrics = self.train_step(self.state, batch)
-            self._dispatched += 1
-
-            # The step just dispatched runs while the one before it is read, so the devices never wait for the log.
-            if pending is not None:
-                self._record(*pending)
-            pending = self._dispatched, metrics
-
+            self._dispatch_step()
             due = [hook for hook in self.hooks if hook.due(self._dispatched, self.last_step)]
-            if due or self.stop_requested:
-                self._record(*pending)
-                pending = None
-            for hook in due:
-                hook.run(self)
             if due:
+                self._settle()
+                for hook in due:
+                    hook.run(self)
                 self.speed.pause()
-        if pending is not None:
-            self._record(*pending)
+        self._settle()
         return self._finish()
+
+    def _dispatch_step(self) -> None:
+        """Starts one step, then reads the one before it: the devices never wait for the log."""
+        batch = self.feed.take()
+        self._loading_seconds[self._dispatched + 1] = self.feed.waited_seconds
+        self.state, metrics = self.train_step(self.state, batch)
+        self._dispatched += 1
+        self._settle()
+        self._pending = self._dispatched, metrics
+
+    def _settle(self) -> None:
+        """Waits for the metrics of the step that was started last, if they were not read yet."""
+        if self._pending is not None:
+            self._record(*self._pending)
+            self._pending = None
 
     def _record(self, step: int, metrics: dict[str, jax.Array]) -> None:
         values = {name: float(value) for name, value in metrics.items()}

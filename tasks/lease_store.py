@@ -13,6 +13,7 @@ import re
 import socket
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -208,11 +209,10 @@ def _machine() -> tuple[str, str, str]:
 def _process_start(pid: int) -> str | None:
     """When the process started, in the kernel's own units, "" if the system does not tell; None if it does not run."""
     try:
-        os.kill(pid, 0)
+        with suppress(PermissionError):  # it runs, as another user
+            os.kill(pid, 0)
     except ProcessLookupError:
         return None
-    except PermissionError:
-        pass  # it runs, as another user
     try:
         # the command in the second field may hold spaces and parentheses
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

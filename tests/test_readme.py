@@ -1,0 +1,30 @@
+"""The README's tree is the tree."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+PACKAGES = ("flows", "deployments", "tasks", "model")
+
+
+def test_every_file_has_its_line_and_every_line_its_file() -> None:
+    tree = (CHECKOUT / "README.md").read_text(encoding="utf-8").split("## The tree")[1].split("```")[1]
+    listed: set[str] = set()
+    package = ""
+    for line in tree.strip().splitlines():
+        name, _, what = line.strip().partition(" ")
+        assert what.strip(), f"{name} has no word about it"
+        if not line.startswith(" "):
+            package = name.rstrip("/")
+        elif name.endswith(".py"):
+            listed.add(f"{package}/{name}")
+    files = {f"{package}/{path.name}" for package in PACKAGES for path in (CHECKOUT / package).glob("*.py")}
+    assert listed == {name for name in files if not name.endswith("__init__.py")}
+
+
+def test_the_commands_are_real() -> None:
+    readme = (CHECKOUT / "README.md").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^(\w+):", (CHECKOUT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    assert set(re.findall(r"make (\w+)", readme)) - {"nothing"} <= targets
