@@ -36,6 +36,7 @@ from model.config import LlamaConfig
 from model.train_config import SimpleTrainConfig
 from model.trackers import TrackerName
 from tasks.artifacts import Artifact
+from tasks.config import ExportConfig
 from tasks.children import allow_children, stop_children
 from tasks.datasets import Mixture
 from tasks.download import download
@@ -82,7 +83,9 @@ def train_llama(
     model: LlamaConfig | None = None,
     train: SimpleTrainConfig | None = None,
     data: Mixture | None = None,
+    export: ExportConfig | None = None,
     track: list[TrackerName] | None = None,
+    tags: list[str] | None = None,
     root: str | None = None,
     only: str | None = None,
     force: list[str] | None = None,
@@ -99,7 +102,9 @@ def train_llama(
         model: The whole model, instead of the preset's.
         train: The whole training configuration, instead of the preset's.
         data: The whole data mixture, instead of the preset's.
+        export: How the Hugging Face directory is made, instead of the preset's way.
         track: Trackers besides metrics.jsonl; offline without an account.
+        tags: Tags for the trackers and the flow run.
         root: Where artifacts lie. Unset: PREFECT_LLAMA_ROOT, else ./artifacts.
         only: Regular expression: just the steps (kind/name) that it finds, and what they need.
         force: Regular expressions: run the steps (kind/name) that they find although they are there.
@@ -114,7 +119,9 @@ def train_llama(
         model=model,
         train=train,
         data=data,
+        export=export,
         track=track,
+        tags=tags,
     )
     plan = plan_run(config, root_directory(root), only=only, force=tuple(force or ()))
     publish_plan(plan)

@@ -1,7 +1,7 @@
 """The same Llama as a Flax module, for code that composes `flax.nnx` modules: a thin front over the pure functions.
 
-    model = Llama(config, rngs=nnx.Rngs(0))
-    logits_BSV = model(tokens_BS)
+model = Llama(config, rngs=nnx.Rngs(0))
+logits_BSV = model(tokens_BS)
 """
 
 from __future__ import annotations

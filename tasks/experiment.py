@@ -10,7 +10,7 @@ from typing import Any
 from model.config import LlamaConfig
 from model.trackers import TrackerName
 from model.train_config import SimpleTrainConfig
-from tasks.config import RunConfig
+from tasks.config import ExportConfig, RunConfig
 from tasks.datasets import Mixture
 from tasks.presets import preset as preset_run
 
@@ -40,7 +40,9 @@ def resolve_run(
     model: LlamaConfig | None = None,
     train: SimpleTrainConfig | None = None,
     data: Mixture | None = None,
+    export: ExportConfig | None = None,
     track: Sequence[TrackerName] | None = None,
+    tags: Sequence[str] | None = None,
     **scalars: Any,
 ) -> RunConfig:
     """A preset with whole parts replaced where given, then single training fields (`TRAIN_SCALARS`) where given.
@@ -56,9 +58,9 @@ def resolve_run(
         model=model or base.model,
         train=SimpleTrainConfig(**{**dict(chosen), **changed}),
         data=data or base.data,
-        export=base.export,
+        export=export or base.export,
         track=base.track if track is None else tuple(track),
-        tags=base.tags,
+        tags=base.tags if tags is None else tuple(tags),
     )
 
 
