@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import signal
 import sys
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from pydantic import ValidationError
@@ -103,11 +104,15 @@ def _run(arguments: Arguments, preset_name: str | None) -> int:
     if arguments.plan:
         return 0
 
+    from flows.temporary_server import use_temporary_server
     from flows.train import train_llama
     from tasks.children import ChildStopped
     from tasks.summary import RunSummary
 
     _one_line_errors()
+    use_temporary_server()
+    # Prefect turns SIGTERM into an exception and, when the flow has ended, sends it again for the handler from before.
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         artifacts = train_llama(
             preset=Preset(preset_name or Preset.DEBUG),
@@ -123,7 +128,7 @@ def _run(arguments: Arguments, preset_name: str | None) -> int:
             force=list(arguments.force),
         )
     except (KeyboardInterrupt, ChildStopped) as stop:
-        print(f"stopped: {stop or 'everything finished so far is kept: run the same command again to continue'}", file=sys.stderr)
+        print(f"stopped: {str(stop) or 'everything finished so far is kept: run the same command again to continue'}", file=sys.stderr)
         return 130
     except Exception as error:
         print(f"error: {error}", file=sys.stderr)
@@ -131,6 +136,11 @@ def _run(arguments: Arguments, preset_name: str | None) -> int:
     if (summary := RunSummary.of(artifacts)) is not None:
         _print_summary(summary)
     return 0
+
+
+def _interrupt(number: int, _frame: Any) -> None:
+    """A request to stop is answered like Ctrl-C."""
+    raise KeyboardInterrupt
 
 
 def _print_plan(lines: list[str], rows: list[tuple[str, str, str]], *, title: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 from model.durable import write_json
@@ -23,9 +24,10 @@ def export_body(step: Step, directory: Path, inputs: tuple[Artifact, ...]) -> St
     config = step.config
     assert isinstance(config, ExportConfig)
     job = training_job(step.upstream[0], Path(checkpoint.path), mixture)
-    job_file = directory / ".job.json"
-    write_json(job_file, job.model_dump(mode="json"))
-    run_child("model.export", [str(job_file), str(directory.absolute()), config.dtype], lambda event: None)
+    with tempfile.TemporaryDirectory() as place:  # the exported directory is for others: nothing of ours in it
+        job_file = Path(place) / "job.json"
+        write_json(job_file, job.model_dump(mode="json"))
+        run_child("model.export", [str(job_file), str(directory.absolute()), config.dtype], lambda event: None)
     return StepOutput(stats={"dtype": config.dtype})
 
 
