@@ -73,7 +73,7 @@ def mixture_steps(mixture: Mixture) -> DataSteps:
     tokens = tuple(_tokens_step(dataset, downloads, tokenizer) for dataset in mixture.datasets)
     total = sum(mixture.weights.values())
     shares = {name: weight / total for name, weight in mixture.weights.items() if weight}
-    mixing = Step(kind="mixtures", name=mixture.name, config=Mixing(weights=shares), upstream=(tokenizer, *tokens))
+    mixing = Step(kind="mixtures", name=mixture.name, config=Mixing(weights=shares), upstream=(tokenizer, *tokens, *downloads.values()))
     return DataSteps(tuple(downloads.values()), tokenizer, tokens, mixing)
 
 

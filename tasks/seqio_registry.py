@@ -136,17 +136,22 @@ def register(mixture: Mixture, raw_dirs: Mapping[str, Path], tokenizer_path: str
         if dataset.seqio_task is not None:
             tasks[dataset.name] = registered_task(dataset.seqio_task, dataset.seqio_module).name
             continue
-        name = _seqio_name(f"{mixture.name}.{dataset.name}")
+        name = seqio_name(f"{mixture.name}.{dataset.name}")
         if name in tasks.values():
             raise DataError(f"dataset {dataset.name!r}: SeqIO allows no '-', and {name!r} is another dataset's name already; rename one")
         files = find_files(dataset.name, [str(Path(raw_dirs[dataset.name]) / "**" / "*")])
         add_task(name, list(files.values()), dataset.reading, tokenizer_path)
         tasks[dataset.name] = name
-    own = _seqio_name(mixture.name)
+    own = add_mixture(mixture.name, {tasks[name]: weight for name, weight in mixture.weights.items() if weight})
+    return RegisteredNames(own.name, tasks)
+
+
+def add_mixture(name: str, rates: Mapping[str, float]) -> seqio.Mixture:
+    """Registers a mixture of registered tasks with their rates. One of that name that is there already is replaced."""
+    own = seqio_name(name)
     if own in seqio.MixtureRegistry.names():
         seqio.MixtureRegistry.remove(own)
-    seqio.MixtureRegistry.add(own, [(tasks[name], weight) for name, weight in mixture.weights.items() if weight])
-    return RegisteredNames(own, tasks)
+    return seqio.MixtureRegistry.add(own, list(rates.items()))
 
 
 def registered_task(name: str, module: str | None) -> seqio.Task:
@@ -171,5 +176,6 @@ def registered_task(name: str, module: str | None) -> seqio.Task:
     return task
 
 
-def _seqio_name(name: str) -> str:
+def seqio_name(name: str) -> str:
+    """`name` as SeqIO allows it: without dashes."""
     return name.replace("-", "_")

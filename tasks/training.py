@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from pathlib import Path
 from typing import Any
 
-from model.durable import write_json
+from model.durable import write_durably, write_json
 from model.job import TrainingJob
 from model.metrics import read_json_lines, read_samples
 from tasks.artifacts import Artifact
-from tasks.caching import StepOutput, assert_still_owner, step_task
+from tasks.caching import StepOutput, assert_still_owner, run_logger, step_task
 from tasks.children import ChildStopped, run_child
 from tasks.config import TrainingStep
 from tasks.steps import Step
 from tasks.training_report import TrainingReport
 
 OWNER_SECONDS = 5.0
+CURVES = ("metrics.jsonl", "samples.jsonl")
+CURVES_COPY = ".curves.json"
 STOPPED = 75  # exit status of a trainer that saved and stopped because it was asked to
 
 
@@ -42,11 +46,13 @@ def train_body(step: Step, directory: Path, inputs: tuple[Artifact, ...]) -> Ste
     Raises:
         ChildFailed: the trainer named an error.
         ChildStopped: it saved and stopped; the message says how to continue.
+        ValueError: the curve was lost together with its copy.
     """
     job = training_job(step, directory, inputs[0])
     job_file = directory / ".job.json"
     write_json(job_file, job.model_dump(mode="json"))
     report = TrainingReport(job)
+    restore_curves(directory)
 
     checked = time.monotonic()
 
@@ -56,6 +62,8 @@ def train_body(step: Step, directory: Path, inputs: tuple[Artifact, ...]) -> Ste
             # A paused machine may wake up when another one has taken over: then this trainer must stop writing.
             assert_still_owner()
             checked = time.monotonic()
+        if event.get("event") == "saving":
+            copy_curves(directory, int(event["step"]))
         report.on_event(event)
 
     try:
@@ -64,11 +72,50 @@ def train_body(step: Step, directory: Path, inputs: tuple[Artifact, ...]) -> Ste
     except ChildStopped:
         saved = f"saved at step {report.step} of {job.train.num_train_steps}"
         raise ChildStopped(f"training {job.name} was stopped and {saved}: run the same command again to continue") from None
+    stats = training_stats(directory, report)
+    if stats["step"] != job.train.num_train_steps:
+        raise ValueError(
+            f"{directory / 'metrics.jsonl'} lost rows (the last one is of step {stats['step']} of {job.train.num_train_steps}), and "
+            f"{directory / CURVES_COPY} has them no more: put one of them back, or train again with --force checkpoints/{step.name}"
+        )
     last = directory / "checkpoints" / str(job.train.num_train_steps)
     files = [directory / name for name in ("metrics.jsonl", "samples.jsonl", "loss.png", "loss.html")]
     files += [path for path in last.rglob("*") if path.is_file()]
     report.publish()
-    return StepOutput(stats=training_stats(directory, report), files=[path for path in files if path.exists()])
+    return StepOutput(stats=stats, files=[path for path in files if path.exists()])
+
+
+def copy_curves(directory: Path, step: int) -> None:
+    """Keeps the rows up to `step`, which a checkpoint is about to cover: the weights can be trained again, the curve cannot."""
+    curves: dict[str, str] = {}
+    for name in CURVES:
+        rows = (row for row in read_json_lines(directory / name) if row["step"] <= step)
+        curves[name] = "".join(json.dumps(row) + "\n" for row in rows)
+    write_json(directory / CURVES_COPY, {"curves": curves, "sha256": _digest(curves)})
+
+
+def restore_curves(directory: Path) -> None:
+    """Puts the rows of the copy back into the files that do not begin with them. The trainer cuts off those after its resume step."""
+    try:
+        copy = json.loads((directory / CURVES_COPY).read_text(encoding="utf-8"))
+        curves = {name: str(copy["curves"][name]) for name in CURVES}
+        intact = copy["sha256"] == _digest(curves)
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, TypeError):
+        intact, curves = False, {}
+    if not intact:
+        run_logger().warning("%s is damaged, so it is not used", directory / CURVES_COPY)
+        return
+    for name, lines in curves.items():
+        path = directory / name
+        if not path.is_file() or not path.read_bytes().startswith(lines.encode()):
+            run_logger().warning("%s lacks rows or has others than were written: restored from its copy", path)
+            write_durably(path, lines.encode())
+
+
+def _digest(curves: dict[str, str]) -> str:
+    return hashlib.sha256("".join(curves[name] for name in CURVES).encode()).hexdigest()
 
 
 def training_stats(directory: Path, report: TrainingReport) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def test_the_packaged_mixture_is_whole_and_makes_six_steps() -> None:
     ]  # fmt: skip
     assert steps.tokenizer.upstream == steps.downloads
     assert [step.upstream for step in steps.tokens] == [(download, steps.tokenizer) for download in steps.downloads]
-    assert steps.mixture.upstream == (steps.tokenizer, *steps.tokens)
+    assert steps.mixture.upstream == (steps.tokenizer, *steps.tokens, *steps.downloads)
 
 
 def test_files_are_named_below_the_globs_fixed_part_and_ordered(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ import pytest
 CHECKOUT = Path(__file__).resolve().parent.parent
 PACKAGES = ("flows", "tasks", "model", "deployments")
 FILES = [path for package in PACKAGES for path in (CHECKOUT / package).rglob("*.py")]
-# The one child process in which TensorFlow and SeqIO run.
-TOKENIZES = {"tasks/tokenize_worker.py", "tasks/seqio_registry.py"}
+# The child processes in which TensorFlow and SeqIO run.
+TOKENIZES = {"tasks/tokenize_worker.py", "tasks/mixture_worker.py", "tasks/seqio_registry.py"}
 
 
 def imports(path: Path) -> set[str]:

@@ -229,7 +229,7 @@ def test_a_task_of_seqios_registry_is_tokenized_by_name(run: Run) -> None:
 def test_the_mixture_names_its_stores_by_relative_paths_and_measures_entropy(run: Run) -> None:
     tokens = commit(run.directory(run.tokens), run.tokens, stats=run.stats)
     mixing = run.steps.mixture
-    stats = mix_body(mixing, run.directory(mixing), (run.tokenizer, tokens))
+    stats = mix_body(mixing, run.directory(mixing), (run.tokenizer, tokens, run.raw))
     value = json.loads((run.directory(mixing) / "mixture.json").read_text(encoding="utf-8"))
     component = value["components"][0]
     assert (component["name"], component["weight"], component["fingerprint"]) == ("web", 1.0, run.tokens.fingerprint)
@@ -237,8 +237,16 @@ def test_the_mixture_names_its_stores_by_relative_paths_and_measures_entropy(run
     assert component["splits"]["train"] == {key: run.stats["splits"]["train"][key] for key in ("documents", "tokens", "source_bytes")}
     assert stats["unigram_entropy"] == value["unigram_entropy"] == component["unigram_entropy"]
     assert 3 < stats["unigram_entropy"] < 6
-    other = tokens.model_copy(update={"name": "elsewhere"})
-    assert mix_body(mixing, run.directory(mixing), (run.tokenizer, other))["components"] == 1
+
+
+def test_a_store_that_is_not_what_seqio_yields_makes_no_mixture(run: Run, tmp_path: Path) -> None:
+    tokens = commit(run.directory(run.tokens), run.tokens, stats=run.stats)
+    shutil.copytree(run.raw.path, tmp_path / "raw")
+    for path in (tmp_path / "raw" / "files").iterdir():
+        path.write_text("another text altogether\n" * 30)
+    other = run.raw.model_copy(update={"path": str(tmp_path / "raw")})
+    with pytest.raises(DataError, match=r"does not begin with the document that SeqIO yields for 'web'.*--force 'tokens/web'"):
+        mix_body(run.steps.mixture, run.directory(run.steps.mixture), (run.tokenizer, tokens, other))
 
 
 def test_the_worker_dies_with_its_parent(tmp_path: Path) -> None:
