@@ -70,17 +70,24 @@ class SampleHook(Periodic):
         super().__init__(every)
         self._lines = lines
         self._tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path))
-        self._prompts, self._max_new_tokens = trainer.job.train.sample_prompts, trainer.job.train.sample_tokens
+        self._prompts = trainer.job.train.sample_prompts
+        self._encoded = [[self._tokenizer.bos_id(), *self._tokenizer.encode(prompt)] for prompt in self._prompts]
+        room = trainer.config.seq_len - max((len(ids) for ids in self._encoded), default=0)
+        if room < 1:  # known now, and not after hours of training
+            raise ValueError(
+                f"train.sample_prompts: the longest is {trainer.config.seq_len - room} tokens, which leaves no room to go on in "
+                f"model.seq_len={trainer.config.seq_len}: shorten it"
+            )
+        self._max_new_tokens = min(trainer.job.train.sample_tokens, room)
 
     def run(self, trainer: Trainer) -> None:
         """Appends one line a prompt to `samples.jsonl`."""
         if not self._prompts:
             return
-        encoded = [[self._tokenizer.bos_id(), *self._tokenizer.encode(prompt)] for prompt in self._prompts]
         completions = generate(
             trainer.state.params,
             trainer.config,
-            encoded,
+            self._encoded,
             max_new_tokens=self._max_new_tokens,
             temperature=0.8,
             top_p=0.95,
@@ -89,7 +96,7 @@ class SampleHook(Periodic):
         )
         samples: list[dict[str, Any]] = [
             {"step": trainer.step, "prompt": prompt, "text": self._tokenizer.decode(ids[1:] + new)}
-            for prompt, ids, new in zip(self._prompts, encoded, completions, strict=True)
+            for prompt, ids, new in zip(self._prompts, self._encoded, completions, strict=True)
         ]
         for sample in samples:
             self._lines.write(sample)

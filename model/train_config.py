@@ -43,7 +43,7 @@ class SimpleTrainConfig(Config):
     steps_per_log: int = runtime(10, ge=1, description="Write metrics every so many steps.")
     steps_per_sample: int = runtime(1000, ge=1, description="Generate sample text every so many steps, and at the end.")
     sample_prompts: tuple[str, ...] = runtime(("The", "In the beginning", "Once upon a time"), description="Prompts of the samples.")
-    sample_tokens: int = runtime(64, ge=1, description="Tokens generated after each prompt.")
+    sample_tokens: int = runtime(64, ge=1, description="Tokens generated after each prompt, or as many as model.seq_len has room for.")
 
     @model_validator(mode="after")
     def _check(self) -> SimpleTrainConfig:

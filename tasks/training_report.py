@@ -78,6 +78,8 @@ class TrainingReport:
             ", ".join(event["decayed"]),
         )
 
+        for name, planned in event["planned"].items():
+            self._log.info("%s: %s tokens, %.3g epochs of it", name, number(planned["tokens"]), planned["epochs"])
         # Last, so that nothing of the above is written across the bar.
         self._start_bar()
 

@@ -202,3 +202,16 @@ def test_a_vocabulary_larger_than_the_model_is_refused(mixture: Path, tmp_path: 
     status, events, _ = finish(start(job))
     assert status == 1
     assert events[-1]["message"].startswith("model.vocab_size=100 is smaller than the tokenizer's vocabulary of 512")
+
+
+def test_a_prompt_that_does_not_fit_is_refused_before_training(mixture: Path, tmp_path: Path) -> None:
+    status, events, _ = finish(start(write_job(tmp_path / "run", mixture, sample_prompts=("zqxj" * 40,))))
+    assert status == 1
+    assert [event["event"] for event in events] == ["error"]
+    assert "leaves no room to go on in model.seq_len=32: shorten it" in events[0]["message"]
+
+
+def test_samples_are_as_long_as_there_is_room(mixture: Path, tmp_path: Path) -> None:
+    status, events, err = finish(start(write_job(tmp_path / "run", mixture, num_train_steps=1, sample_tokens=1000)))
+    assert status == 0, err
+    assert any(event["event"] == "samples" for event in events)
