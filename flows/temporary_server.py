@@ -7,6 +7,7 @@ the flow is killed. Here it has a session of its own, and goes when its standard
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -14,14 +15,32 @@ import threading
 from pathlib import Path
 from typing import Any
 
+MOST_STARTS = 4
+
 
 def use_temporary_server() -> None:
     """Makes Prefect use this server wherever it would start its own; does nothing where a server is configured."""
     from prefect.server.api.server import SubprocessASGIServer
-    from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_EPHEMERAL_ENABLED, get_current_settings
+    from prefect.settings import PREFECT_API_URL, PREFECT_HOME, PREFECT_SERVER_EPHEMERAL_ENABLED, get_current_settings
 
     class TemporaryServer(SubprocessASGIServer):
+        starts = 0
+
+        def start(self, timeout: int | None = None) -> None:
+            # Two servers that make the same new database at the same moment break each other's migrations.
+            place = PREFECT_HOME.value()
+            place.mkdir(parents=True, exist_ok=True)
+            with (place / ".temporary-server.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                super().start(timeout)
+
         def _run_uvicorn_command(self) -> subprocess.Popen[Any]:
+            self.starts += 1
+            if self.starts > MOST_STARTS:  # Prefect starts one that ended with status 3 again, for ever
+                raise RuntimeError(
+                    f"Prefect's temporary server ended {MOST_STARTS} times while starting, see above: "
+                    f"move its database in {PREFECT_HOME.value()} away, or set PREFECT_HOME to another directory"
+                )
             checkout = str(Path(__file__).resolve().parent.parent)
             environment = {
                 **os.environ,
@@ -43,7 +62,7 @@ def serve(port: int) -> None:
     import uvicorn
 
     def end_with_parent() -> None:
-        sys.stdin.buffer.read()
+        os.read(0, 1)  # not through sys.stdin, whose lock would be held when the interpreter ends
         os._exit(0)  # nobody is left to serve; every write was a transaction of the database
 
     threading.Thread(target=end_with_parent, daemon=True).start()

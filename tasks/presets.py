@@ -22,16 +22,16 @@ class Preset(StrEnum):
 def _debug() -> RunConfig:
     train = SimpleTrainConfig(
         train_batch_size=8,
-        num_train_steps=300,
+        num_train_steps=240,
         learning_rate=3e-3,
         weight_decay=0.1,
         warmup=0.1,
         z_loss_weight=1e-4,
         compute_dtype="float32",
-        steps_per_eval=100,
-        steps_per_export=50,
+        steps_per_eval=80,
+        steps_per_export=40,
         steps_per_log=5,
-        steps_per_sample=100,
+        steps_per_sample=80,
         sample_prompts=("HAM.\nTo be, or not", "Enter the King", "Shall I compare thee"),
         sample_tokens=80,
     )
