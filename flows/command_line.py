@@ -22,7 +22,7 @@ from model.config_base import nearest
 from tasks.config import RunConfig
 from tasks.datasets import own_text_mixture
 from tasks.experiment import root_directory
-from tasks.planning import plan_lines, plan_rows, plan_run
+from tasks.planning import plan_lines, plan_rows, plan_run, refuse_other_accelerators
 from tasks.presets import Preset, preset
 
 console = Console(highlight=False, soft_wrap=True)
@@ -63,6 +63,10 @@ def run_command(arguments: list[str]) -> int:
 
 def run_experiments(runs: list[RunConfig], description: str) -> int:
     """Runs declared experiments one after the other, all with the flags of this command line; returns the exit status."""
+    for run in runs:  # all are checked before the first one trains
+        status = _named_errors(lambda run=run: int(plan_run(run, root_directory(None)) is None))
+        if status:
+            return status
     for run in runs:
         status = _named_errors(lambda run=run: _run(_parse(run, sys.argv[1:], prog=run.name, description=description), None))
         if status:
@@ -88,7 +92,9 @@ def _named_errors(command: Callable[[], int]) -> int:
     except ValidationError as error:
         for problem in error.errors(include_url=False):
             where = ".".join(str(part) for part in problem["loc"])
-            print(f"error: {where}: {problem['msg'].removeprefix('Value error, ')} (got {problem['input']!r})"[:2000], file=sys.stderr)
+            message = problem["msg"].removeprefix("Value error, ")
+            # An error about several fields names them itself, and its input is the whole configuration.
+            print(f"error: {where}: {message} (got {problem['input']!r})" if where else f"error: {message}", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -103,6 +109,7 @@ def _run(arguments: Arguments, preset_name: str | None) -> int:
     _print_plan(plan_lines(plan), plan_rows(plan), title=config.name)
     if arguments.plan:
         return 0
+    refuse_other_accelerators(config)
 
     from flows.temporary_server import use_temporary_server
     from flows.train import train_llama
@@ -128,7 +135,10 @@ def _run(arguments: Arguments, preset_name: str | None) -> int:
             force=list(arguments.force),
         )
     except (KeyboardInterrupt, ChildStopped) as stop:
-        print(f"stopped: {str(stop) or 'everything finished so far is kept: run the same command again to continue'}", file=sys.stderr)
+        message = str(stop) or "everything finished so far is kept: run the same command again to continue"
+        if arguments.force:  # which would throw away what was just saved
+            message = message.replace("the same command again", "the same command again, without --force,")
+        print(f"stopped: {message}", file=sys.stderr)
         return 130
     except Exception as error:
         print(f"error: {error}", file=sys.stderr)
@@ -162,10 +172,11 @@ def _print_summary(summary: object) -> None:
 
     assert isinstance(summary, RunSummary)
     print(terminal_plot(summary.rows(), unigram_entropy=summary.unigram_entropy))
-    table = Table("held-out", "nats per token", "bits per byte", show_edge=False, pad_edge=False)
-    for name, loss, bpb in summary.held_out():
-        table.add_row(name, f"{loss:.4f}" if loss else "", f"{bpb:.4f}" if bpb else "")
-    console.print(table)
+    if held_out := summary.held_out():
+        table = Table("held-out", "nats per token", "bits per byte", show_edge=False, pad_edge=False)
+        for name, loss, bpb in held_out:
+            table.add_row(name, f"{loss:.4f}" if loss else "", f"{bpb:.4f}" if bpb else "")
+        console.print(table)
     for sample in summary.samples:
         console.print(f"\n--- {sample['prompt']!r}", markup=False)
         console.print(sample["text"], markup=False)

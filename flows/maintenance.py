@@ -15,6 +15,9 @@ from tasks.experiment import root_directory
 from tasks.pipeline import label, run_steps
 from tasks.presets import preset
 
+# What others can have made just as well. A checkpoint or a store also holds what only our steps know.
+ADOPTABLE = ("raw", "tokenizers")
+
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -75,6 +78,8 @@ def adopt_command(arguments: list[str]) -> int:
         raise ValueError(f"--step={options.step!r}: give kind/name, such as raw/plays")
     step = None
     if options.preset is not None:
+        if kind not in ADOPTABLE:
+            raise ValueError(f"--step={options.step!r}: with --preset only the steps {', '.join(ADOPTABLE)} can be adopted")
         steps = {label(step): step for step in run_steps(preset(options.preset)).all}
         if (step := steps.get(options.step)) is None:
             raise ValueError(f"--step={options.step!r} is no step of {options.preset!r}; its steps are {', '.join(steps)}")

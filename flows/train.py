@@ -43,7 +43,7 @@ from tasks.download import download
 from tasks.experiment import default_train, resolve_run, root_directory
 from tasks.export import export_hf
 from tasks.mixture import mix
-from tasks.planning import Plan, plan_run
+from tasks.planning import Plan, plan_run, refuse_other_accelerators
 from tasks.presets import Preset
 from tasks.run_report import publish_plan, publish_summary
 from tasks.steps import Step
@@ -79,7 +79,7 @@ def train_llama(
     num_train_steps: Annotated[int | None, Field(ge=1)] = None,
     train_batch_size: Annotated[int | None, Field(ge=1)] = None,
     learning_rate: Annotated[float | None, Field(gt=0)] = None,
-    seed: Annotated[int | None, Field(ge=0)] = None,
+    seed: Annotated[int | None, Field(ge=0, lt=2**31)] = None,
     model: LlamaConfig | None = None,
     train: SimpleTrainConfig | None = None,
     data: Mixture | None = None,
@@ -123,6 +123,7 @@ def train_llama(
         track=track,
         tags=tags,
     )
+    refuse_other_accelerators(config)
     plan = plan_run(config, root_directory(root), only=only, force=tuple(force or ()))
     publish_plan(plan)
     artifacts = run_plan(plan)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from model.config import LlamaConfig
 from model.train_config import SimpleTrainConfig
 
 
@@ -51,3 +52,15 @@ class BatchArithmetic:
             f"{self.per_device * self.num_microbatches * self.data * self.fsdp} sequences = {self.per_device} a device x "
             f"{self.num_microbatches} microbatch(es) x data {self.data} x fsdp {self.fsdp}"
         )
+
+
+def check_tensor_split(config: LlamaConfig, tensor: int) -> None:
+    """Refuses a model whose heads, mlp or vocabulary do not divide over the `tensor` mesh axis.
+
+    Raises:
+        ValueError: naming the field, its value and the mesh axis.
+    """
+    for field in ("num_heads", "num_kv_heads", "intermediate_dim", "vocab_size"):
+        size = getattr(config, field)
+        if size is not None and size % tensor:
+            raise ValueError(f"model.{field}={size} is not a multiple of train.tensor_parallel_size={tensor}: change one of them")

@@ -39,6 +39,7 @@ class _Settings(NamedTuple):
     config: LlamaConfig
     max_new_tokens: int
     greedy: bool
+    num_ids: int | None
     compute_dtype: DTypeLike
     mesh: Mesh | None
 
@@ -61,6 +62,7 @@ def generate(
     top_p: float = 1.0,
     seed: int,
     eos_id: int | None = None,
+    num_ids: int | None = None,
     compute_dtype: DTypeLike = jnp.float32,
 ) -> list[list[int]]:
     """The tokens that continue each prompt, without the prompt; an `eos_id`, once sampled, is the last of its row.
@@ -75,6 +77,7 @@ def generate(
         top_p: sample from the smallest set of tokens that holds this probability (Holtzman et al. 2020); 1 is all.
         seed: of the sampling; the same seed gives the same tokens.
         eos_id: stop a row here; None never stops early.
+        num_ids: never give an id from here up: a padded vocabulary has rows that no tokenizer knows. None: all rows are ids.
         compute_dtype: dtype of the layers and the cache.
 
     Raises:
@@ -90,7 +93,7 @@ def generate(
     prompts_BP = np.zeros((len(prompts), padded_length), np.int32)
     for row, prompt in enumerate(prompts):
         prompts_BP[row, padding_B[row] :] = prompt
-    settings = _Settings(config, max_new_tokens, temperature == 0, compute_dtype, _mesh_of(params))
+    settings = _Settings(config, max_new_tokens, temperature == 0, num_ids, compute_dtype, _mesh_of(params))
     stop = np.int32(-1 if eos_id is None else eos_id)
     output_BN = _generate(settings, params, prompts_BP, padding_B, np.float32(temperature), np.float32(top_p), np.uint32(seed), stop)
     return [_up_to(row, eos_id) for row in np.asarray(output_BN).tolist()]
@@ -175,7 +178,10 @@ def _decode(
 
 
 def _last_logits(settings: _Settings, params: Params, x_B1D: jax.Array) -> jax.Array:
-    return unembed(params, rms_norm(x_B1D, params["norm"], settings.config.layer_norm_epsilon))[:, 0]
+    logits_BV = unembed(params, rms_norm(x_B1D, params["norm"], settings.config.layer_norm_epsilon))[:, 0]
+    if settings.num_ids is None:
+        return logits_BV
+    return jnp.where(jnp.arange(logits_BV.shape[-1]) < settings.num_ids, logits_BV, -jnp.inf)
 
 
 def _sample(key: jax.Array, logits_V: jax.Array, temperature: jax.Array, top_p: jax.Array) -> jax.Array:

@@ -93,6 +93,7 @@ class SampleHook(Periodic):
             top_p=0.95,
             seed=trainer.step,
             eos_id=self._tokenizer.eos_id(),
+            num_ids=self._tokenizer.get_piece_size(),
         )
         samples: list[dict[str, Any]] = [
             {"step": trainer.step, "prompt": prompt, "text": self._tokenizer.decode(ids[1:] + new)}

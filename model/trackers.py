@@ -5,11 +5,15 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 TrackerName = Literal["wandb", "tensorboard", "trackio"]
 PACKAGES: dict[str, str] = {"wandb": "wandb", "tensorboard": "tensorboardX", "trackio": "trackio"}
+
+# A training run does not wait longer for a service that only watches it.
+ONLINE_SECONDS = 20
 
 _logger = logging.getLogger(__name__)
 
@@ -40,24 +44,32 @@ def check_trackers(names: tuple[TrackerName, ...]) -> None:
 
 
 def open_trackers(
-    names: tuple[TrackerName, ...], directory: Path, *, run_id: str, name: str, tags: tuple[str, ...], config: Any
+    names: tuple[TrackerName, ...],
+    directory: Path,
+    *,
+    run_id: str,
+    name: str,
+    tags: tuple[str, ...],
+    config: Any,
+    tell: Callable[[str], None] = _logger.warning,
 ) -> list[Tracker]:
-    """The trackers asked for, each wrapped so that its failure is a warning, not the end of the run."""
+    """The trackers asked for, each wrapped so that its failure is one message to `tell`, not the end of the run."""
     openers = {"wandb": _Wandb, "tensorboard": _TensorBoard, "trackio": _Trackio}
     opened: list[Tracker] = []
     for tracker in names:
         try:
-            opened.append(_Careful(tracker, openers[tracker](directory, run_id=run_id, name=name, tags=tags, config=config)))
+            inner = openers[tracker](directory, run_id=run_id, name=name, tags=tags, config=config, tell=tell)
+            opened.append(_Careful(tracker, tell, inner))
         except Exception as error:
-            _logger.warning("%s did not start (%s): metrics go on to metrics.jsonl", tracker, error)
+            tell(f"{tracker} did not start ({error}): metrics go on to metrics.jsonl")
     return opened
 
 
 class _Careful:
     """Passes calls on until one fails, then says so once and stays quiet."""
 
-    def __init__(self, name: str, inner: Tracker) -> None:
-        self._name, self._inner = name, inner
+    def __init__(self, name: str, tell: Callable[[str], None], inner: Tracker) -> None:
+        self._name, self._tell, self._inner = name, tell, inner
         self._broken = False
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
@@ -73,26 +85,33 @@ class _Careful:
             getattr(self._inner, method)(*args)
         except Exception as error:
             self._broken = True
-            _logger.warning("%s stopped working (%s): metrics go on to metrics.jsonl", self._name, error)
+            self._tell(f"{self._name} stopped working ({error}): metrics go on to metrics.jsonl")
 
 
 class _Wandb:
-    """Weights & Biases; without an API key everything is kept offline below the run's directory."""
+    """Weights & Biases; without an API key, or an answer, everything is kept offline below the run's directory."""
 
-    def __init__(self, directory: Path, *, run_id: str, name: str, tags: tuple[str, ...], config: Any) -> None:
+    def __init__(self, directory: Path, *, run_id: str, name: str, tags: tuple[str, ...], config: Any, tell: Callable[[str], None]) -> None:
         import wandb
 
         online = bool(os.environ.get("WANDB_API_KEY")) and os.environ.get("WANDB_MODE") != "offline"
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "prefect-llama"),
-            id=run_id,
-            name=name[:64],
-            tags=list(tags),
-            config=config,
-            dir=str(directory),
-            resume="allow" if online else None,
-            mode="online" if online else "offline",
-        )
+        options: Any = {
+            "project": os.environ.get("WANDB_PROJECT", "prefect-llama"),
+            "id": run_id,
+            "name": name[:64],
+            "tags": list(tags),
+            "config": config,
+            "dir": str(directory),
+            "settings": wandb.Settings(init_timeout=ONLINE_SECONDS),
+        }
+        try:
+            self._run = wandb.init(**options, mode="online" if online else "offline", resume="allow" if online else None)
+        except Exception as error:
+            if not online:
+                raise
+            tell(f"wandb does not answer ({error}): this run is kept offline below {directory / 'wandb'}; `wandb sync` sends it")
+            wandb.teardown()
+            self._run = wandb.init(**options, mode="offline")
         # A custom x axis: W&B drops rows whose own step went backwards, as after a resume.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
@@ -105,7 +124,7 @@ class _Wandb:
 
 
 class _TensorBoard:
-    def __init__(self, directory: Path, *, run_id: str, name: str, tags: tuple[str, ...], config: Any) -> None:
+    def __init__(self, directory: Path, *, run_id: str, name: str, tags: tuple[str, ...], config: Any, tell: Callable[[str], None]) -> None:
         from tensorboardX import SummaryWriter
 
         self._writer = SummaryWriter(str(directory / "tensorboard"))
@@ -120,7 +139,7 @@ class _TensorBoard:
 
 
 class _Trackio:
-    def __init__(self, directory: Path, *, run_id: str, name: str, tags: tuple[str, ...], config: Any) -> None:
+    def __init__(self, directory: Path, *, run_id: str, name: str, tags: tuple[str, ...], config: Any, tell: Callable[[str], None]) -> None:
         import trackio
 
         self._trackio = trackio

@@ -1,4 +1,4 @@
-"""How a model is trained. Field names and defaults are those of the guide's SimpleTrainConfig."""
+"""How a model is trained. Field names are those of the guide's SimpleTrainConfig."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class SimpleTrainConfig(Config):
         -1, ge=-1, description="Sequences per device at once; fewer than the batch needs means gradient accumulation. -1: all at once."
     )
     steps_per_eval: int = runtime(1000, ge=1, description="Evaluate on the held-out split every so many steps, and at the end.")
-    max_eval_batches: int | None = runtime(None, ge=1, description="Evaluate at most so many batches a component; unset means all.")
+    max_eval_batches: int | None = Field(default=None, ge=1, description="Evaluate at most so many batches a component; unset means all.")
     steps_per_export: int = runtime(10_000, ge=1, description="Keep a checkpoint every so many steps, and the last one.")
     max_checkpoints: int = runtime(3, ge=1, description="Newest checkpoints to keep.")
     steps_per_log: int = runtime(10, ge=1, description="Write metrics every so many steps.")

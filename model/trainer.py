@@ -68,7 +68,13 @@ class Trainer:
         self._loading_seconds: dict[int, float] = {}
 
         trackers = open_trackers(
-            job.track, job.directory, run_id=job.fingerprint[:16], name=job.name, tags=job.tags, config=job.model_dump(mode="json")
+            job.track,
+            job.directory,
+            tell=lambda message: emit("message", text=message),
+            run_id=job.fingerprint[:16],
+            name=job.name,
+            tags=job.tags,
+            config=job.model_dump(mode="json"),
         )
         self.metrics = MetricsLog(job.directory / "metrics.jsonl", self.step, trackers)
         self._samples = JsonLines(job.directory / "samples.jsonl", self.step)
@@ -99,14 +105,16 @@ class Trainer:
                 self.mixture,
                 name,
                 seq_len=self.seq_len,
-                batch_size=train.train_batch_size,
+                # What fits the devices in training fits them in evaluation.
+                batch_size=train.train_batch_size // self.microbatches,
                 process_index=jax.process_index(),
                 process_count=jax.process_count(),
             )
             for name in self.mixture.validation_names()
         ]
+        evaluation = [EvaluateHook(train.steps_per_eval, held_out, train.max_eval_batches, self)] if held_out else []
         return [
-            EvaluateHook(train.steps_per_eval, held_out, train.max_eval_batches, self),
+            *evaluation,
             SampleHook(train.steps_per_sample, self._samples, self.mixture.tokenizer.path, self),
             CheckpointHook(train.steps_per_export, self.checkpoints, self._samples),
         ]
@@ -194,6 +202,7 @@ def describe(trainer: Trainer, seconds: float) -> dict[str, Any]:
         "device_kind": jax.local_devices()[0].device_kind,
         "microbatches": trainer.microbatches,
         "decayed": decayed_names(trainer.state.params),
+        "held_out": list(trainer.mixture.validation_names()),
         "planned": trainer.loader.planned(trainer.last_step),
         "start_up_seconds": seconds,
     }

@@ -99,9 +99,9 @@ def _last_words(module: str, status: int, stderr: Any) -> str:
 
 
 def _import_path() -> str:
-    """The checkout first, so that a child imports the same code whether or not the project is installed."""
+    """This process's own path with the checkout first: a child imports the same code, modules beside an experiment's file too."""
     checkout = str(Path(__file__).resolve().parent.parent)
-    return os.pathsep.join([checkout, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.pathsep.join(dict.fromkeys([checkout, *filter(None, sys.path)]))
 
 
 def _stop(process: subprocess.Popen[str]) -> None:

@@ -7,7 +7,7 @@ Used three ways: in Python, as command-line flags, and as the form of a Prefect 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -59,3 +59,9 @@ class TrainingStep(Config):
     train: SimpleTrainConfig
     track: tuple[TrackerName, ...] = runtime(())
     tags: tuple[str, ...] = runtime(())
+
+
+def beside_fields(train: SimpleTrainConfig) -> dict[str, Any]:
+    """The fields that decide what is written beside the model (rows, evaluations, samples), as JSON values."""
+    names = {"steps_per_log", "steps_per_eval", "steps_per_sample", "sample_prompts", "sample_tokens"}
+    return train.model_dump(mode="json", include=names)

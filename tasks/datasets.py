@@ -70,7 +70,6 @@ class Dataset(Reading):
     revision: str | None = Field(default=None, description="Which version of the data this is, in its publisher's words.")
     seqio_task: str | None = Field(default=None, description="A task in SeqIO's registry, by name.")
     seqio_module: str | None = Field(default=None, description="The module to import so that the task is in the registry.")
-    tags: tuple[str, ...] = runtime((), description="Labels for people and trackers.")
 
     @model_validator(mode="after")
     def _check_dataset(self) -> Dataset:
@@ -142,6 +141,10 @@ class Mixture(Config):
         names = [dataset.name for dataset in self.datasets]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"mixture {self.name!r} has several datasets named {twice[0]!r}; names tell them apart, so rename one")
+        if len({name.replace("-", "_") for name in names}) < len(names):
+            raise ValueError(
+                f"mixture {self.name!r}: SeqIO allows no '-', so two of the datasets {', '.join(names)} get one name; rename one"
+            )
         for name, weight in self.weights.items():
             if name not in names:
                 raise ValueError(
@@ -208,7 +211,6 @@ def shakespeare_mixture() -> Mixture:
         document="paragraph",
         min_document_bytes=2000,
         holdout=0.05,
-        tags=("public-domain",),
     )
     # a sonnet's number is a paragraph of its own: 500 bytes join it to its sonnet, and no sonnet to the next
     sonnets = Dataset(
@@ -217,7 +219,6 @@ def shakespeare_mixture() -> Mixture:
         document="paragraph",
         min_document_bytes=500,
         holdout=0.1,
-        tags=("public-domain",),
     )
     return Mixture(name="shakespeare", datasets=(plays, sonnets), weights={"plays": 0.9, "sonnets": 0.1}, tokenizer=SentencePieceTraining())
 

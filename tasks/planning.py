@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from model.batch_arithmetic import BatchArithmetic
+from model.batch_arithmetic import BatchArithmetic, check_tensor_split
 from model.config import LlamaConfig
 from model.flops import num_parameters, train_flops_per_token
 from model.trackers import check_trackers
-from tasks.artifacts import check_writable
-from tasks.config import RunConfig
+from tasks.artifacts import check_writable, read_manifest
+from tasks.config import RunConfig, TrainingStep, beside_fields
 from tasks.datasets import SentencePieceFile, Tokenizer, check_sources
 from tasks.pipeline import label, matching, run_steps
 from tasks.steps import Step
@@ -82,12 +82,14 @@ def plan_run(config: RunConfig, root: str | Path, *, only: str | None = None, fo
     steps = run_steps(config).all
     wanted = steps if only is None else _with_inputs(matching(steps, only, "--only"))
     forced = {step.fingerprint for pattern in force for step in matching(steps, pattern, "--force")}
+    # What lies inside a directory that is emptied is made again too.
+    forced |= {step.fingerprint for step in steps if step.subdirectory_of is not None and step.subdirectory_of.fingerprint in forced}
     planned = tuple(_plan_step(step, Path(root), step in wanted, step.fingerprint in forced) for step in steps)
 
     model = config.model.with_vocab(vocabulary_size(config.data.tokenizer))
     tokens_per_step = config.train.train_batch_size * config.seq_len
     total_flops = train_flops_per_token(model, config.seq_len) * tokens_per_step * config.train.num_train_steps
-    devices = local_device_count()
+    devices = None if config.train.accelerator_type else local_device_count()
     return Plan(
         config=config,
         root=Path(root),
@@ -111,14 +113,26 @@ def check_run(config: RunConfig, root: Path) -> None:
     check_sources(config.data)
     check_trackers(config.track)
     model = config.model.with_vocab(vocabulary_size(config.data.tokenizer))
-    if (devices := local_device_count()) is not None:
+    check_tensor_split(model, config.train.tensor_parallel_size)
+    if config.train.accelerator_type is None and (devices := local_device_count()) is not None:
         BatchArithmetic.of(config.train, devices)
-    check_writable(root)
-    needed, free = checkpoint_bytes(config, model), shutil.disk_usage(root).free
+    # Of the root itself or, before it is there, of the place it will be made in: a plan leaves nothing behind.
+    place = next(path for path in (root, *root.parents) if path.exists())
+    check_writable(place)
+    needed, free = checkpoint_bytes(config, model), shutil.disk_usage(place).free
     if free < needed:
         raise ValueError(
             f"--root={root} has {free:,} bytes free, the checkpoints of this run need {needed:,}: free some space, "
             "choose another --root, or lower train.max_checkpoints"
+        )
+
+
+def refuse_other_accelerators(config: RunConfig) -> None:
+    """Raises ValueError where the run asks for a TPU slice: there is no work pool that has one yet."""
+    if config.train.accelerator_type is not None:
+        raise ValueError(
+            f"train.accelerator_type={config.train.accelerator_type!r} can be planned (--plan) but not run: training runs on this "
+            "machine's devices; leave it unset"
         )
 
 
@@ -157,7 +171,20 @@ def _plan_step(step: Step, root: Path, wanted: bool, forced: bool) -> PlannedSte
     if forced:
         return PlannedStep(step, "run", FORCED)
     why = step.explain_miss(root)
-    return PlannedStep(step, "run", why) if why else PlannedStep(step, "reuse", str(step.directory(root)))
+    if why:
+        return PlannedStep(step, "run", why)
+    place = str(step.directory(root))
+    ignored = _not_applied(step, root)
+    return PlannedStep(step, "reuse", f"{place}; not applied to it: {', '.join(ignored)}" if ignored else place)
+
+
+def _not_applied(step: Step, root: Path) -> list[str]:
+    """Fields that do not change the trained model, but what was written beside it, and differ from those it was made with."""
+    config, manifest = step.config, read_manifest(step.directory(root))
+    if not isinstance(config, TrainingStep) or manifest is None:
+        return []
+    made_with = manifest.stats.get("beside", {})
+    return [f"train.{name}" for name, value in beside_fields(config.train).items() if made_with.get(name, value) != value]
 
 
 def _with_inputs(targets: tuple[Step, ...]) -> tuple[Step, ...]:

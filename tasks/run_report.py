@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable
 from typing import Any
 
-from prefect.artifacts import create_markdown_artifact
+from prefect.artifacts import create_image_artifact, create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext, get_run_context
 from prefect.logging import get_run_logger
@@ -26,12 +27,27 @@ def publish_plan(plan: Plan) -> None:
 
 
 def publish_summary(plan: Plan, artifacts: list[Artifact]) -> None:
-    """Keeps the summary of a finished run as an artifact of the flow run."""
+    """Keeps the outcome as artifacts of the flow run, trained now or reused: metrics, curve, samples, places, summary."""
     summary = RunSummary.of(artifacts)
     if summary is None:
         return
     get_run_logger().info(summary.headline())
-    _keep(lambda: create_markdown_artifact(summary.markdown(), key="run-summary", description=f"Summary of {plan.config.name}"))
+    name, rows = plan.config.name, summary.rows()
+    table = [{key: row.get(key, "") for key in ("step", "train/loss", "eval/loss", "eval/bpb")} for row in rows]
+    samples = "\n\n".join(f"**{sample['prompt']}**\n\n```\n{sample['text']}\n```" for sample in summary.samples) or "no samples"
+    image = "data:image/png;base64," + base64.b64encode((summary.directory / "loss.png").read_bytes()).decode()
+    place = str(summary.directory)
+    _keep(lambda: create_table_artifact(_thin(table), key="train-metrics", description=f"Metrics of {name}"))
+    _keep(lambda: create_image_artifact(image, key="loss-curve", description=f"Loss of {name}"))
+    _keep(lambda: create_markdown_artifact(samples, key="samples", description=f"Samples of {name}"))
+    _keep(lambda: create_link_artifact(summary.directory.as_uri(), link_text=place, key="checkpoint", description="Checkpoint"))
+    _keep(lambda: create_markdown_artifact(summary.markdown(), key="run-summary", description=f"Summary of {name}"))
+
+
+def _thin(rows: list[dict[str, Any]], most: int = 200) -> list[dict[str, Any]]:
+    """At most about `most` rows: evenly spread ones, every row with an evaluation, and the last."""
+    stride = max(1, -(-len(rows) // most))
+    return [row for i, row in enumerate(rows) if i % stride == 0 or row["eval/loss"] != "" or i == len(rows) - 1]
 
 
 def _tag_flow_run(tags: list[str]) -> None:

@@ -14,7 +14,7 @@ from model.metrics import read_json_lines, read_samples
 from tasks.artifacts import Artifact
 from tasks.caching import StepOutput, assert_still_owner, run_logger, step_task
 from tasks.children import ChildStopped, run_child
-from tasks.config import TrainingStep
+from tasks.config import TrainingStep, beside_fields
 from tasks.steps import Step
 from tasks.training_report import TrainingReport
 
@@ -72,7 +72,7 @@ def train_body(step: Step, directory: Path, inputs: tuple[Artifact, ...]) -> Ste
     except ChildStopped:
         saved = f"saved at step {report.step} of {job.train.num_train_steps}"
         raise ChildStopped(f"training {job.name} was stopped and {saved}: run the same command again to continue") from None
-    stats = training_stats(directory, report)
+    stats = {**training_stats(directory, report), "beside": beside_fields(job.train)}
     if stats["step"] != job.train.num_train_steps:
         raise ValueError(
             f"{directory / 'metrics.jsonl'} lost rows (the last one is of step {stats['step']} of {job.train.num_train_steps}), and "
@@ -81,7 +81,6 @@ def train_body(step: Step, directory: Path, inputs: tuple[Artifact, ...]) -> Ste
     last = directory / "checkpoints" / str(job.train.num_train_steps)
     files = [directory / name for name in ("metrics.jsonl", "samples.jsonl", "loss.png", "loss.html")]
     files += [path for path in last.rglob("*") if path.is_file()]
-    report.publish()
     return StepOutput(stats=stats, files=[path for path in files if path.exists()])
 
 

@@ -4,7 +4,6 @@ and artifacts in the Prefect UI in both cases.
 
 from __future__ import annotations
 
-import base64
 import logging
 import time
 from collections.abc import Callable
@@ -12,20 +11,12 @@ from types import TracebackType
 from typing import Any
 from uuid import UUID
 
-from prefect.artifacts import (
-    create_image_artifact,
-    create_link_artifact,
-    create_markdown_artifact,
-    create_progress_artifact,
-    create_table_artifact,
-    update_progress_artifact,
-)
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.logging import get_run_logger
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from model.job import TrainingJob
-from model.metrics import read_json_lines, read_samples
 from tasks.formatting import duration, number
 
 UI_SECONDS = 5.0
@@ -57,7 +48,13 @@ class TrainingReport:
 
     def on_event(self, event: dict[str, Any]) -> None:
         """Shows one event of the trainer."""
-        handler = {"start": self._on_start, "progress": self._on_progress, "eval": self._on_eval, "stopped": self._on_stopped}
+        handler = {
+            "start": self._on_start,
+            "progress": self._on_progress,
+            "eval": self._on_eval,
+            "stopped": self._on_stopped,
+            "message": self._on_message,
+        }
         if (handle := handler.get(str(event.get("event")))) is not None:
             handle(event)
 
@@ -80,6 +77,8 @@ class TrainingReport:
 
         for name, planned in event["planned"].items():
             self._log.info("%s: %s tokens, %.3g epochs of it", name, number(planned["tokens"]), planned["epochs"])
+        if not event["held_out"]:
+            self._log.warning("no dataset has held-out documents, so there is no held-out loss: give one a holdout above 0")
         # Last, so that nothing of the above is written across the bar.
         self._start_bar()
 
@@ -126,22 +125,11 @@ class TrainingReport:
         else:
             self._log.info(text)
 
+    def _on_message(self, event: dict[str, Any]) -> None:
+        self._log.warning(str(event["text"]))
+
     def _on_stopped(self, event: dict[str, Any]) -> None:
         self.step = event["step"]
-
-    def publish(self) -> None:
-        """The finished run in the Prefect UI: metrics table, loss curve, samples, and where everything lies."""
-        directory = self._job.directory
-        rows = read_json_lines(directory / "metrics.jsonl")
-        table = [{key: row.get(key, "") for key in ("step", "train/loss", "eval/loss", "eval/bpb")} for row in rows]
-        self._api(lambda: create_table_artifact(_thin(table), key="train-metrics", description=f"Metrics of {self._job.name}"))
-        curve = directory / "loss.png"
-        if curve.exists():
-            image = "data:image/png;base64," + base64.b64encode(curve.read_bytes()).decode()
-            self._api(lambda: create_image_artifact(image, key="loss-curve", description=f"Loss of {self._job.name}"))
-        samples = "\n\n".join(f"**{s['prompt']}**\n\n```\n{s['text']}\n```" for s in read_samples(directory / "samples.jsonl"))
-        self._api(lambda: create_markdown_artifact(samples or "no samples", key="samples", description=f"Samples of {self._job.name}"))
-        self._api(lambda: create_link_artifact(directory.as_uri(), link_text=str(directory), key="checkpoint", description="Checkpoint"))
 
     def _api(self, call: Callable[[], Any]) -> Any:
         try:
@@ -163,9 +151,3 @@ def held_out_line(metrics: dict[str, float]) -> str:
     bits = metrics.get("eval/bpb")
     together = f"{metrics['eval/loss']:.4f} nats per token" + ("" if bits is None else f", {bits:.4f} bits per byte")
     return f"{together} ({', '.join(parts)})"
-
-
-def _thin(rows: list[dict[str, Any]], most: int = 200) -> list[dict[str, Any]]:
-    """At most `most` rows: evenly spread ones, every row with an evaluation, and the last."""
-    stride = max(1, -(-len(rows) // most))
-    return [row for i, row in enumerate(rows) if i % stride == 0 or row["eval/loss"] != "" or i == len(rows) - 1]

@@ -6,6 +6,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,10 @@ def train_vocabulary_body(step: Step, directory: Path, inputs: tuple[Artifact, .
         for raw, upstream, reading in zip(inputs, step.upstream, config.readings, strict=True):
             assert isinstance(upstream.config, RawFiles)
             sources.append((raw_files(Path(raw.path), upstream.config), reading))
-        model = train_sentencepiece(config.training, training_sentences(sources, config.training.max_training_bytes))
+        sentences = training_sentences(sources, config.training.max_training_bytes)
+        if (first := next(sentences, None)) is None:
+            raise DataError(f"mixture {step.name!r}: its files hold no training document, only empty or held-out ones; add text to them")
+        model = train_sentencepiece(config.training, chain([first], sentences))
     write_durably(directory / MODEL, model)
     info = inspect_vocabulary(directory / MODEL)
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)

@@ -81,7 +81,6 @@ def test_each_setting_reaches_just_the_steps_it_decides(tmp_path: Path) -> None:
 
     first = made({"web": 0.5, "other": 0.5})
     assert changed(made({"web": 2.0, "other": 2.0})) == set()
-    assert changed(made({"web": 0.5, "other": 0.5}, tags=("a",))) == set()
     assert changed(made({"web": 0.6, "other": 0.4})) == {"mixtures/mix"}
     below = {"tokenizers/mix", "tokens/web", "tokens/other", "mixtures/mix"}
     assert changed(made({"web": 0.5, "other": 0.5}, vocab_size=1024)) == below

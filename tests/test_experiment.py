@@ -113,3 +113,26 @@ def test_an_experiment_file_plans_without_anything_heavy(tmp_path: Path) -> None
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120, env={"PYTHONPATH": str(CHECKOUT)})
     assert done.returncode == 0, done.stderr
     assert "checkpoints/small" in done.stdout
+
+
+@pytest.mark.slow
+def test_without_held_out_text_and_with_a_padded_vocabulary(tmp_path: Path) -> None:
+    """Both are allowed, so both must end well: no evaluation, and samples of ids that the tokenizer has."""
+    experiment = tmp_path / "exp2_padded.py"
+    experiment.write_text(
+        "from flows.train import SimpleTrainConfig, default_train, executor_main\n"
+        "from model.config import LlamaConfig\n"
+        "from tasks.datasets import Dataset, Mixture\n"
+        "sonnets = Dataset(name='sonnets', source='package:shakespeare/sonnets/*.txt', document='paragraph', min_document_bytes=500)\n"
+        "run = default_train('padded', Mixture(name='padded', datasets=(sonnets,), weights={'sonnets': 1.0}),\n"
+        "    LlamaConfig(seq_len=64, hidden_dim=32, intermediate_dim=64, num_layers=1, num_heads=2, num_kv_heads=1, vocab_size=2304),\n"
+        "    SimpleTrainConfig(train_batch_size=4, num_train_steps=4, learning_rate=1e-3, compute_dtype='float32'))\n"
+        "if __name__ == '__main__':\n"
+        "    executor_main(steps=[run])\n"
+    )
+    environment = {"PYTHONPATH": str(CHECKOUT), "PREFECT_HOME": str(tmp_path / "prefect"), "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"}
+    command = [sys.executable, str(experiment), "--root", str(tmp_path / "root")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no dataset has held-out documents" in done.stderr
+    assert "Hugging Face directory" in done.stdout

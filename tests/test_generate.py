@@ -124,3 +124,13 @@ def test_bad_arguments_are_named(params: dict, change: dict, message: str) -> No
     arguments = {"prompts": [[1]], "max_new_tokens": 8, "temperature": 1.0, "top_p": 1.0, "seed": 0, **change}
     with pytest.raises(ValueError, match=message):
         generate(params, CONFIG, **arguments)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 5.0])
+def test_rows_beyond_the_tokenizer_are_never_given(params: dict, temperature: float) -> None:
+    # Made the likeliest by far: a padded vocabulary's rows are as the optimizer leaves them.
+    padded = {**params, "head": params["head"].at[:, 40:].multiply(50.0)}
+    free = generate(padded, CONFIG, PROMPTS, max_new_tokens=12, temperature=temperature, seed=0)
+    held = generate(padded, CONFIG, PROMPTS, max_new_tokens=12, temperature=temperature, seed=0, num_ids=40)
+    assert any(token >= 40 for row in free for token in row)
+    assert all(token < 40 for row in held for token in row)

@@ -56,7 +56,7 @@ class Broken:
 
 def test_a_broken_tracker_is_a_warning_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     broken = Broken()
-    log = MetricsLog(tmp_path / "metrics.jsonl", 0, [trackers._Careful("broken", broken)])
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0, [trackers._Careful("broken", trackers._logger.warning, broken)])
     for step in (1, 2, 3):
         log.log(step, {"train/loss": 1.0})
     log.close()
