@@ -94,6 +94,7 @@ class _Wandb:
     def __init__(self, directory: Path, *, run_id: str, name: str, tags: tuple[str, ...], config: Any, tell: Callable[[str], None]) -> None:
         import wandb
 
+        self._wandb = wandb
         online = bool(os.environ.get("WANDB_API_KEY")) and os.environ.get("WANDB_MODE") != "offline"
         options: Any = {
             "project": os.environ.get("WANDB_PROJECT", "prefect-llama"),
@@ -121,6 +122,8 @@ class _Wandb:
 
     def close(self) -> None:
         self._run.finish()
+        # finish() may return while W&B's own process still writes its file; that process ends only when all is written.
+        self._wandb.teardown()
 
 
 class _TensorBoard:
