@@ -1,0 +1,12 @@
+"""All benchmarks, or those named: `python benchmarks/run.py [input_path] [train_step] [--quick] [--rounds N] [--json FILE]`."""
+
+from __future__ import annotations
+
+import sys
+
+import input_path
+import train_step
+from measure import main
+
+if __name__ == "__main__":
+    sys.exit(main({"input_path": input_path.run, "train_step": train_step.run}))
