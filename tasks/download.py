@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,18 @@ def download_body(step: Step, directory: Path, inputs: tuple[Artifact, ...]) -> 
 def raw_files(raw: Path, config: RawFiles) -> list[Path]:
     """Where the files of a committed raw artifact are, in their order."""
     return [raw / FILES / check_file_name(file.name) for file in config.files]
+
+
+@contextmanager
+def naming_originals(copies: Iterable[Path], config: RawFiles) -> Iterator[None]:
+    """Errors about `copies` name the files they were copied from: those are the ones a person can mend."""
+    try:
+        yield
+    except DataError as error:
+        message = str(error)
+        for copy, original in zip(copies, config.paths, strict=False):  # an adopted artifact has no originals
+            message = message.replace(str(copy), original)
+        raise DataError(message) from None
 
 
 def _copy(dataset: str, file: SourceFile, source: Path, target: Path) -> None:

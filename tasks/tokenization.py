@@ -17,7 +17,7 @@ from tasks.artifacts import Artifact
 from tasks.caching import run_logger, step_task
 from tasks.children import ChildFailed, run_child
 from tasks.data_steps import RawFiles, RegisteredTask, Tokenization
-from tasks.download import raw_files
+from tasks.download import naming_originals, raw_files
 from tasks.fingerprints import canonical_json
 from tasks.sources import DataError, SourceFile
 from tasks.steps import Step
@@ -64,7 +64,8 @@ def tokenize_body(step: Step, directory: Path, inputs: tuple[Artifact, ...]) -> 
         missing = tuple(job for job in jobs if writer.committed(job.split, job.shard, job.of, job.key) is None)
         if missing:
             spec = TokenizationSpec(**common, files=tuple(map(str, files)), reading=config.reading, jobs=missing)
-            _run_worker(step.name, spec, directory)
+            with naming_originals(files, raw):
+                _run_worker(step.name, spec, directory)
     _remove_other_shards(directory, counts)
     stats = writer.stats(counts)
     if not stats["splits"].get("train", {}).get("tokens"):

@@ -6,6 +6,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from tasks.artifacts import Artifact
 from tasks.caching import step_task
 from tasks.data_steps import RawFiles, VocabularyFile, VocabularyTraining
 from tasks.datasets import Reading, SentencePieceTraining
-from tasks.download import raw_files
+from tasks.download import naming_originals, raw_files
 from tasks.sources import DataError
 from tasks.steps import Step
 from tasks.text_reader import read_documents, split_of
@@ -45,10 +46,14 @@ def train_vocabulary_body(step: Step, directory: Path, inputs: tuple[Artifact, .
         for raw, upstream, reading in zip(inputs, step.upstream, config.readings, strict=True):
             assert isinstance(upstream.config, RawFiles)
             sources.append((raw_files(Path(raw.path), upstream.config), reading))
-        sentences = training_sentences(sources, config.training.max_training_bytes)
-        if (first := next(sentences, None)) is None:
-            raise DataError(f"mixture {step.name!r}: its files hold no training document, only empty or held-out ones; add text to them")
-        model = train_sentencepiece(config.training, chain([first], sentences))
+        with ExitStack() as stack:
+            for (files, _), upstream in zip(sources, step.upstream, strict=True):
+                assert isinstance(upstream.config, RawFiles)
+                stack.enter_context(naming_originals(files, upstream.config))
+            sentences = training_sentences(sources, config.training.max_training_bytes)
+            if (first := next(sentences, None)) is None:
+                raise DataError(f"mixture {step.name!r}: its files hold no training document, only empty or held-out ones; add text")
+            model = train_sentencepiece(config.training, chain([first], sentences))
     write_durably(directory / MODEL, model)
     info = inspect_vocabulary(directory / MODEL)
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)

@@ -12,7 +12,7 @@ from tasks import download as module
 from tasks.artifacts import check, commit
 from tasks.data_steps import RawFiles, mixture_steps
 from tasks.datasets import DataError, Mixture
-from tasks.download import download_body, raw_files
+from tasks.download import download_body, naming_originals, raw_files
 from tasks.sources import SourceFile
 from tasks.steps import Step
 
@@ -125,3 +125,12 @@ def test_a_durable_file_is_whole_or_absent(tmp_path: Path) -> None:
     durable.write_json(path, {"b": 1, "a": [2.5]})
     assert json.loads(path.read_bytes()) == {"a": [2.5], "b": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["f"]
+
+
+def test_errors_about_a_copy_name_the_file_it_came_from() -> None:
+    config = RawFiles(files=(), paths=("/mine/a.txt", "/mine/b.txt"))
+    with (
+        pytest.raises(DataError, match=r"^/mine/b.txt line 2: bad; mend it$"),
+        naming_originals([Path("/root/raw/x/files/a.txt"), Path("/root/raw/x/files/b.txt")], config),
+    ):
+        raise DataError("/root/raw/x/files/b.txt line 2: bad; mend it")
