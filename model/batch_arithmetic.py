@@ -63,4 +63,7 @@ def check_tensor_split(config: LlamaConfig, tensor: int) -> None:
     for field in ("num_heads", "num_kv_heads", "intermediate_dim", "vocab_size"):
         size = getattr(config, field)
         if size is not None and size % tensor:
-            raise ValueError(f"model.{field}={size} is not a multiple of train.tensor_parallel_size={tensor}: change one of them")
+            raise ValueError(
+                f"model.{field}={size} is not a multiple of the mesh axis tensor={tensor}: "
+                f"change model.{field} or train.tensor_parallel_size"
+            )

@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
+STOPPED = 75  # exit status of a child that saved and stopped because it was asked to (EX_TEMPFAIL: try again)
 PARENT_VARIABLE = "PREFECT_LLAMA_PARENT_PID"
 
 

@@ -46,7 +46,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def sync_directory(directory: Path) -> None:
     """Makes the names in `directory` durable (a rename is not, until its directory is synced)."""
-    descriptor = os.open(directory, os.O_RDONLY)
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
     finally:

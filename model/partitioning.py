@@ -14,6 +14,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from model.batch_arithmetic import check_tensor_split
 from model.config import LlamaConfig
 from model.parameters import Params, logical_axes, param_shapes
 
@@ -76,14 +77,7 @@ def param_shardings(config: LlamaConfig, mesh: Mesh) -> Params:
     Raises:
         ValueError: the `tensor` axis does not divide heads, key/value heads, feed-forward width or vocabulary.
     """
-    tensor = mesh.shape["tensor"]
-    for field in ("num_heads", "num_kv_heads", "intermediate_dim", "vocab_size"):
-        size = getattr(config, field)
-        if size is not None and size % tensor:
-            raise ValueError(
-                f"model.{field}={size} is not a multiple of the mesh axis tensor={tensor}: "
-                f"change model.{field} or train.tensor_parallel_size"
-            )
+    check_tensor_split(config, mesh.shape["tensor"])
     shapes, axes = param_shapes(config), logical_axes(config)
     return jax.tree.map(lambda array, names: NamedSharding(mesh, spec(names, mesh, array.shape)), shapes, axes)
 

@@ -20,7 +20,7 @@ from model import partitioning
 from model.batch_arithmetic import BatchArithmetic
 from model.batches import BatchLoader, EvalBatches
 from model.checkpoint import Checkpoints
-from model.child import die_with_parent, emit
+from model.child import STOPPED, die_with_parent, emit
 from model.feed import BatchFeed
 from model.flops import num_parameters
 from model.hooks import CheckpointHook, EvaluateHook, Hook, SampleHook
@@ -32,8 +32,6 @@ from model.plots import write_loss_plots
 from model.speed import Speedometer
 from model.trackers import open_trackers
 from model.train_step import TrainState, abstract_state, init_state, make_train_step
-
-STOPPED = 75  # EX_TEMPFAIL: try again
 
 
 class NonFiniteLoss(ArithmeticError):

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from model.durable import sync_directory
+
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -50,15 +52,6 @@ def storage_errors(place: Path, *, needed_bytes: int | None = None, only_full: b
                 f"cannot write {place}: {error.strerror}. Make it writable for this user, or choose another directory with --root",
             ) from error
         raise
-
-
-def sync_directory(path: Path) -> None:
-    """Makes names created, renamed or removed in the directory `path` survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sync_file(path: Path) -> None:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from model.child import STOPPED
 from model.durable import write_durably, write_json
 from model.job import TrainingJob
 from model.metrics import read_json_lines, read_samples
@@ -21,7 +22,6 @@ from tasks.training_report import TrainingReport
 OWNER_SECONDS = 5.0
 CURVES = ("metrics.jsonl", "samples.jsonl")
 CURVES_COPY = ".curves.json"
-STOPPED = 75  # exit status of a trainer that saved and stopped because it was asked to
 
 
 def training_job(step: Step, directory: Path, mixture: Artifact) -> TrainingJob:
