@@ -70,8 +70,8 @@ $(READY): $(LOCK) pyproject.toml | $(UV)
 COMPILE = UV_CUSTOM_COMPILE_COMMAND="make lock" $(UV) pip compile -q --universal --fork-strategy fewest \
   --generate-hashes --no-emit-index-url --no-annotate --python-version 3.11 $(if $(UPGRADE),--upgrade)
 lock: | $(UV)
-	@$(COMPILE) pyproject.toml --group dev --extra hf --extra eval --extra track -o requirements.lock
-	@$(COMPILE) pyproject.toml --group dev --extra hf --extra eval --extra track --extra tpu -c requirements.lock -o requirements-tpu.lock
+	@$(COMPILE) pyproject.toml --group dev --extra hf --extra eval --extra track --extra fast --extra dask -o requirements.lock
+	@$(COMPILE) pyproject.toml --group dev --extra hf --extra eval --extra track --extra fast --extra dask --extra tpu -c requirements.lock -o requirements-tpu.lock
 	@$(COMPILE) bootstrap.in -o bootstrap.lock
 	@! grep -nE '://|^-' requirements.lock requirements-tpu.lock bootstrap.lock
 	@echo "lock: $$(grep -c == requirements.lock) packages, no URL"

@@ -66,11 +66,21 @@ def peak_rss_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
 
 
-def interleave(script: str, rounds: int, **spec: Any) -> dict[str, list[dict[str, Any]]]:
-    """Both sides in each round, who goes first alternating, so that a drift of the machine meets both alike."""
-    measured: dict[str, list[dict[str, Any]]] = {OURS: [], PEER: []}
+def process_tree(command: Sequence[str], **variables: str) -> dict[str, float]:
+    """Runs a command; CPU and wall seconds of it and all it started, from start to end, and the most memory one of them had."""
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    run_process(command, **variables)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    memory = after.ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
+    return {"cpu_s": cpu, "wall_s": time.monotonic() - began, "peak_rss_mib": memory}
+
+
+def interleave(script: str, rounds: int, sides: Sequence[str] = (OURS, PEER), **spec: Any) -> dict[str, list[dict[str, Any]]]:
+    """All sides in each round, backwards in every other one, so that a drift of the machine meets them alike."""
+    measured: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     for number in range(rounds):
-        for side in (OURS, PEER) if number % 2 == 0 else (PEER, OURS):
+        for side in sides if number % 2 == 0 else tuple(reversed(sides)):
             measured[side].append(child(script, side=side, **spec))
     return measured
 
@@ -85,6 +95,13 @@ def compare(measured: dict[str, list[dict[str, Any]]], units: dict[str, str]) ->
     return metrics
 
 
+def bar(what: str, value: float, *, at_least: float | None = None, at_most: float | None = None) -> dict[str, Any]:
+    """What a number is held against, and whether it holds; one bound is given."""
+    bound = {"at_least": at_least} if at_least is not None else {"at_most": at_most}
+    met = (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
+    return {"what": what, "value": value, **bound, "met": met}
+
+
 def _print(name: str, result: dict[str, Any]) -> None:
     print(f"\n{name}: {result.get('skipped') or result['what']}")
     for case in result.get("cases", []):
@@ -93,6 +110,9 @@ def _print(name: str, result: dict[str, Any]) -> None:
         for metric in case["metrics"].values():
             sides = "".join(f"{' / '.join(f'{v:.4g}' for v in metric[side].values()):>28}" for side in (OURS, PEER))
             print(f"    {metric['unit']:32}{sides}   {metric['ratio']:.3g}")
+    for held in result.get("bars", []):
+        bound = f"at least {held['at_least']:g}" if "at_least" in held else f"at most {held['at_most']:g}"
+        print(f"  {'met' if held['met'] else 'MISSED'}: {held['what']}: {held['value']:.4g} ({bound})")
 
 
 def main(benchmarks: dict[str, Callable[[int, bool], Any]], side: Callable[[Any], Any] | None = None) -> int:

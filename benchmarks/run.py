@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 
+import encoders
 import input_path
+import tokenization
 import train_step
 from measure import main
 
 if __name__ == "__main__":
-    sys.exit(main({"input_path": input_path.run, "train_step": train_step.run}))
+    benchmarks = {"tokenization": tokenization.run, "encoders": encoders.run, "input_path": input_path.run, "train_step": train_step.run}
+    sys.exit(main(benchmarks))

@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import tyro
@@ -20,9 +20,9 @@ from rich.table import Table
 
 from model.config_base import nearest
 from tasks.config import RunConfig
-from tasks.datasets import own_text_mixture
+from tasks.datasets import OWN_TEXT, Reading, own_text_mixture
 from tasks.experiment import root_directory
-from tasks.planning import plan_lines, plan_rows, plan_run, refuse_other_accelerators
+from tasks.planning import Plan, component_rows, plan_lines, plan_rows, plan_run, refuse_other_accelerators
 from tasks.presets import Preset, preset
 
 console = Console(highlight=False, soft_wrap=True)
@@ -34,7 +34,9 @@ class Arguments:
 
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
     text: tuple[str, ...] = ()
-    """Train on text of your own: paths or globs of plain text or .jsonl files, instead of the preset's data."""
+    """Train on text of your own, instead of the preset's data: paths, globs or URLs of text, jsonl, json or parquet files."""
+    reading: Reading = OWN_TEXT
+    """How the files of --text become documents."""
     root: str | None = None
     """Where artifacts lie; unset: PREFECT_LLAMA_ROOT, else ./artifacts."""
     plan: bool = False
@@ -104,9 +106,9 @@ def _named_errors(command: Callable[[], int]) -> int:
 def _run(arguments: Arguments, preset_name: str | None) -> int:
     config, root = arguments.config, root_directory(arguments.root)
     if arguments.text:
-        config = config.model_copy(update={"data": own_text_mixture(arguments.text, config.data.tokenizer)})
+        config = config.model_copy(update={"data": own_text_mixture(arguments.text, config.data.tokenizer, arguments.reading)})
     plan = plan_run(config, root, only=arguments.only, force=arguments.force)
-    _print_plan(plan_lines(plan), plan_rows(plan), title=config.name)
+    _print_plan(plan)
     if arguments.plan:
         return 0
     refuse_other_accelerators(config)
@@ -127,6 +129,7 @@ def _run(arguments: Arguments, preset_name: str | None) -> int:
             model=config.model,
             train=config.train,
             data=config.data,
+            tokenize=config.tokenize,
             export=config.export,
             track=list(config.track),
             tags=list(config.tags),
@@ -153,13 +156,18 @@ def _interrupt(number: int, _frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _print_plan(lines: list[str], rows: list[tuple[str, str, str]], *, title: str) -> None:
-    console.print(f"[bold]{title}[/bold]")
-    for line in lines:
+def _print_plan(plan: Plan) -> None:
+    console.print(f"[bold]{plan.config.name}[/bold]")
+    for line in plan_lines(plan):
         name, _, value = line.partition(": ")
         console.print(f"  {name:<8} {value}", markup=False)
+    _print_table(("dataset", "share", "tokens", "epochs"), component_rows(plan))
+    _print_table(("step", "", "why"), plan_rows(plan))
+
+
+def _print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     table = Table(show_edge=False, pad_edge=False)
-    for column in ("step", "", "why"):
+    for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*row)
@@ -177,6 +185,9 @@ def _print_summary(summary: object) -> None:
         for name, loss, bpb in held_out:
             table.add_row(name, f"{loss:.4f}" if loss else "", f"{bpb:.4f}" if bpb else "")
         console.print(table)
+    if summary.components:
+        rows = [(name, f"{part['tokens']:,.0f}", f"{part['epochs']:.3g}") for name, part in summary.components.items()]
+        _print_table(("trained on", "tokens", "epochs"), rows)
     for sample in summary.samples:
         console.print(f"\n--- {sample['prompt']!r}", markup=False)
         console.print(sample["text"], markup=False)

@@ -47,7 +47,8 @@ from tasks.planning import Plan, plan_run, refuse_other_accelerators
 from tasks.presets import Preset
 from tasks.run_report import publish_plan, publish_summary
 from tasks.steps import Step
-from tasks.tokenization import tokenize
+from tasks.tokenization import tokenize as tokenize_dataset
+from tasks.tokenize_config import TokenizeConfig
 from tasks.training import train as train_model
 from tasks.vocabulary import train_vocabulary
 
@@ -56,7 +57,7 @@ __all__ = ["LlamaConfig", "Mixture", "SimpleTrainConfig", "default_train", "exec
 TASKS = {
     "raw": download,
     "tokenizers": train_vocabulary,
-    "tokens": tokenize,
+    "tokens": tokenize_dataset,
     "mixtures": mix,
     "checkpoints": train_model,
     "hf": export_hf,
@@ -83,6 +84,7 @@ def train_llama(
     model: LlamaConfig | None = None,
     train: SimpleTrainConfig | None = None,
     data: Mixture | None = None,
+    tokenize: TokenizeConfig | None = None,
     export: ExportConfig | None = None,
     track: list[TrackerName] | None = None,
     tags: list[str] | None = None,
@@ -102,6 +104,7 @@ def train_llama(
         model: The whole model, instead of the preset's.
         train: The whole training configuration, instead of the preset's.
         data: The whole data mixture, instead of the preset's.
+        tokenize: Where and how wide tokenization runs. Unset: on threads of this machine.
         export: How the Hugging Face directory is made, instead of the preset's way.
         track: Trackers besides metrics.jsonl; offline without an account.
         tags: Tags for the trackers and the flow run.
@@ -119,6 +122,7 @@ def train_llama(
         model=model,
         train=train,
         data=data,
+        tokenize=tokenize,
         export=export,
         track=track,
         tags=tags,

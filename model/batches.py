@@ -1,27 +1,26 @@
-"""Batches for training and evaluation: windows of a mixture's token stores, by step number, on any number of processes.
+"""Batches for training and evaluation: rows of a mixture's token stores, by step number, on any number of processes.
 
-A batch is a dict of numpy arrays [rows, seq_len]:
-  tokens         int32     what the model reads
-  targets        int32     the next token of each
-  loss_weights   float32   1 where the target counts; 0 where it opens another document, or is padding
-  segment_ids    int32     documents of the row numbered from 1; attention must not cross them; 0 is padding
-  positions      int32     place in the document, from 0 where it (or the row) begins
+What a batch holds says `model.assembly`; where its rows come from, `model.order` and `model.packing`.
 
 Shapes: B rows of this process, S seq_len.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from model.mixture_store import MixtureStore
-from model.order import Component, RowOrder
+from model.assembly import Batch, cut_rows, keep_freed_memory, packed_rows
+from model.mixture_store import MixtureComponent, MixtureStore
+from model.order import ORDER_VERSION, Component, RowOrder, Stage
+from model.packing import BestFitPlan, Windows
 from model.token_store import StoreError, TokenSplit
 
-Batch = dict[str, np.ndarray]
+__all__ = ["Batch", "BatchLoader", "EvalBatches"]
 
 
 class BatchLoader:
@@ -39,51 +38,106 @@ class BatchLoader:
     ) -> None:
         """`mixture` is a mixture artifact (anything with `.path`), its directory, or an opened MixtureStore.
 
-        Process p of P takes rows [p * G / P, (p + 1) * G / P) of each global batch of G rows.
+        Process p of P takes rows [p * G / P, (p + 1) * G / P) of each global batch of G rows, and reads no others.
         Raises ValueError for sizes that do not fit and StoreError for a mixture that is not whole.
         """
         _check_sizes(seq_len, "global_batch_size", global_batch_size, process_index, process_count)
-        if seed < 0:
-            raise ValueError(f"seed={seed}: the seed of the data order must be 0 or more")
+        if not 0 <= seed < 1 << 63:
+            raise ValueError(f"seed={seed}: the seed of the data order must be 0 or more, and below 2**63")
         self.mixture = mixture if isinstance(mixture, MixtureStore) else MixtureStore.open(mixture)
         self.seq_len = seq_len
         self.global_batch_size = global_batch_size
+        self.seed = seed
         self._rows = global_batch_size // process_count
         self._first_row = process_index * self._rows
-        trained = [component for component in self.mixture.components if component.weight > 0]
-        self._splits: list[TokenSplit | None] = [component.split("train") for component in trained]
-        sizes = [split.num_tokens if split else 0 for split in self._splits]
-        self.order = RowOrder([Component(c.name, c.weight, n) for c, n in zip(trained, sizes, strict=True)], seq_len, seed)
+        keep_freed_memory()
+        trained = self.mixture.trained()
+        self._splits = [_train_split(component, seq_len, self.mixture.packing) for component in trained]
+        self.layouts = [_layout(split, seq_len, self.mixture.packing) for split in self._splits]
+        components = [self._component(of, layout) for of, layout in zip(trained, self.layouts, strict=True)]
+        stages = [Stage(stage.step * global_batch_size, stage.shares) for stage in self.mixture.stages]
+        self.order = RowOrder(components, stages, seed)
+
+    @property
+    def num_steps(self) -> int | None:
+        """Whole batches there are until every component has had its max_epochs; None where that never is."""
+        return None if self.order.num_rows is None else self.order.num_rows // self.global_batch_size
 
     def batch(self, step: int) -> Batch:
-        """This process's rows of the batch of `step` (from 0). Raises ValueError for a negative step."""
+        """This process's rows of the batch of `step` (from 0). Raises ValueError for a negative step, or one past the end."""
         if step < 0:
             raise ValueError(f"step={step}: steps count from 0")
+        self._check_steps(step + 1)
         first = step * self.global_batch_size + self._first_row
-        component_B, start_B = self.order.locate(np.arange(first, first + self._rows))
-        windows = [(self._split(index), start) for index, start in zip(component_B.tolist(), start_B.tolist(), strict=True)]
-        return _assemble(windows, self.seq_len)
+        component_B, window_B, cut_B = self.order.rows(first, first + self._rows)
+        if self.mixture.packing == "concat":
+            start_B = np.empty(self._rows, np.int64)
+            for index, layout in enumerate(self.layouts):
+                mine = np.flatnonzero(component_B == index)
+                assert isinstance(layout, Windows)
+                start_B[mine] = layout.starts(window_B[mine], cut_B[mine])
+            splits = self._splits
+            return cut_rows([(splits[of], start) for of, start in zip(component_B.tolist(), start_B.tolist(), strict=True)], self.seq_len)
+        packed = [
+            (self._splits[of], layout.row(window))
+            for of, window in zip(component_B.tolist(), window_B.tolist(), strict=True)
+            if isinstance(layout := self.layouts[of], BestFitPlan)
+        ]
+        return packed_rows(packed, self.seq_len)
 
     def planned(self, num_steps: int) -> dict[str, dict[str, float]]:
-        """What `num_steps` steps read of each component: tokens, and epochs (tokens over the component's own tokens)."""
+        """What `num_steps` steps read of each component: rows, tokens, and epochs (rows over the component's own rows).
+
+        With packing best_fit the tokens are without padding, by the mean of the component's rows.
+        Raises ValueError where the mixture ends before that many steps.
+        """
         if num_steps < 0:
             raise ValueError(f"num_steps={num_steps}: steps count from 0")
+        self._check_steps(num_steps)
         rows = self.order.planned_rows(num_steps * self.global_batch_size)
-        size = self.order.epoch_tokens()
-        return {name: {"tokens": count * self.seq_len, "epochs": count * self.seq_len / size[name]} for name, count in rows.items()}
+        return {
+            component.name: {
+                "rows": rows[component.name],
+                "tokens": rows[component.name] * _tokens_of_a_row(layout),
+                "epochs": rows[component.name] / component.epoch_rows,
+            }
+            for component, layout in zip(self.order.components, self.layouts, strict=True)
+        }
 
-    def _split(self, index: int) -> TokenSplit:
-        split = self._splits[index]
-        assert split is not None, "the order refuses components without tokens"
-        return split
+    def state(self, next_step: int) -> dict[str, Any]:
+        """All that a checkpoint has to hold of the data: where it stands, and what the order is a function of."""
+        return {"order_version": ORDER_VERSION, "mixture": self.mixture.fingerprint, "seed": self.seed, "next_step": next_step}
+
+    def check_state(self, state: Mapping[str, Any], next_step: int) -> None:
+        """Raises ValueError where the data state of a checkpoint belongs to other data, another order of it, or another step."""
+        for name, value in self.state(next_step).items():
+            if state.get(name) != value:
+                raise ValueError(
+                    f"the checkpoint of step {next_step} was trained on data with {name}={state.get(name)!r}, here it is {value!r}: the "
+                    "rows that follow would not be those that come next. Go back to what it was, or move the checkpoint away to train anew"
+                )
+
+    def _component(self, of: MixtureComponent, layout: Windows | BestFitPlan) -> Component:
+        simulated, kept = self.mixture.simulated_epoching, None
+        if simulated is not None:
+            kept = max(1, round(layout.num_rows * Fraction(simulated.experiment_tokens, simulated.target_tokens)))
+        return Component(of.name, layout.num_rows, of.max_epochs, kept)
+
+    def _check_steps(self, num_steps: int) -> None:
+        if self.num_steps is not None and num_steps > self.num_steps:
+            raise ValueError(
+                f"{num_steps} steps of {self.global_batch_size} rows were asked for, but the mixture {self.mixture.name!r} ends after "
+                f"{self.num_steps}: every component has then had its max_epochs, {self.order.num_rows} rows in all. "
+                f"Set train.num_train_steps to {self.num_steps} or less, raise mixture.max_epochs, or leave it out for one component"
+            )
 
 
 class EvalBatches:
     """The validation split of one component in its own order: each token after a document's first is scored once.
 
-    Every batch has batch_size rows over all processes; the last one is filled up with rows of weight 0.
-    `bytes` is the UTF-8 size of the documents and `scored_tokens` the number of targets that count, so that
-    bits per byte = mean cross-entropy in nats * scored_tokens / bytes / ln 2.
+    In a store with a loss mask only the tokens that it marks are. Every batch has batch_size rows over all processes; the last
+    one is filled up with rows of weight 0. `bytes` is the UTF-8 size of the documents and `scored_tokens` the number of targets
+    that count, so that bits per byte = mean cross-entropy in nats * scored_tokens / bytes / ln 2.
     """
 
     def __init__(
@@ -94,10 +148,9 @@ class EvalBatches:
         opened = mixture if isinstance(mixture, MixtureStore) else MixtureStore.open(mixture)
         split = opened.component(component).split("validation")
         if split is None:
-            raise StoreError(f"component {component!r} has no validation tokens; give its dataset a holdout above 0")
+            raise StoreError(f"component {component!r} has no validation tokens; give its dataset a holdout above 0, or a holdout_tail")
         self.name = component
         self.bytes = split.source_bytes
-        self.scored_tokens = split.num_tokens - split.num_documents
         self.seq_len = seq_len
         self._split = split
         self._batch_size = batch_size
@@ -105,6 +158,15 @@ class EvalBatches:
         self._first_row = process_index * self._rows
         # the targets are tokens 1, 2, ... of the stream, so the last window is the one that holds token num_tokens - 1
         self._num_windows = max((split.num_tokens + seq_len - 2) // seq_len, 1)
+
+    @cached_property
+    def scored_tokens(self) -> int:
+        """The targets that count; for a store with a loss mask it is read for that."""
+        split = self._split
+        if not split.has_loss_mask:
+            return split.num_tokens - split.num_documents
+        mask = split.loss_mask(0, split.num_tokens)
+        return int(mask.sum(dtype=np.int64) - mask[split.document_starts(0, split.num_tokens)].sum(dtype=np.int64))
 
     def __len__(self) -> int:
         """The number of batches."""
@@ -119,8 +181,8 @@ class EvalBatches:
         if not 0 <= index < len(self):
             raise IndexError(f"evaluation batch {index} of component {self.name!r}, which has {len(self)}")
         first = index * self._batch_size + self._first_row
-        windows = [(self._split, min(row * self.seq_len, self._split.num_tokens)) for row in range(first, first + self._rows)]
-        return _assemble(windows, self.seq_len)
+        rows = [(self._split, min(row * self.seq_len, self._split.num_tokens)) for row in range(first, first + self._rows)]
+        return cut_rows(rows, self.seq_len)
 
 
 def _check_sizes(seq_len: int, field: str, batch_size: int, process_index: int, process_count: int) -> None:
@@ -135,36 +197,20 @@ def _check_sizes(seq_len: int, field: str, batch_size: int, process_index: int, 
         )
 
 
-def _assemble(windows: Sequence[tuple[TokenSplit, int]], seq_len: int) -> Batch:
-    """The arrays of windows of seq_len + 1 tokens; a window that runs past its stream's end is padded with weight 0."""
-    width = seq_len + 1
-    tokens_BS1 = np.zeros((len(windows), width), np.int32)
-    lengths: list[np.ndarray] = []
-    numbers: list[np.ndarray] = []
-    firsts: list[np.ndarray] = []
-    for row, (split, start) in enumerate(windows):
-        stop = min(start + width, split.num_tokens)
-        tokens_BS1[row, : stop - start] = split.tokens(start, stop)
-        starts = split.document_starts(start + 1, stop)
-        padded = stop - start < width
-        edges = np.empty(len(starts) + 2 + padded, np.int64)
-        edges[0], edges[1 : len(starts) + 1], edges[len(starts) + 1 :] = 0, starts - start, stop - start
-        edges[-1] = width
-        number = np.arange(1, len(edges), dtype=np.int32)
-        if padded:
-            number[-1] = 0
-        lengths.append(np.diff(edges))
-        firsts.append(edges[:-1])
-        numbers.append(number)
-    length = np.concatenate(lengths)
-    segment_BS1 = np.repeat(np.concatenate(numbers), length).reshape(-1, width)
-    first_BS1 = np.repeat(np.concatenate(firsts).astype(np.int32), length).reshape(-1, width)
-    segment_BS, position_BS1 = segment_BS1[:, :-1], np.arange(width, dtype=np.int32) - first_BS1
-    counts_BS = (segment_BS == segment_BS1[:, 1:]) & (segment_BS > 0)
-    return {
-        "tokens": tokens_BS1[:, :-1],
-        "targets": tokens_BS1[:, 1:],
-        "loss_weights": counts_BS.astype(np.float32),
-        "segment_ids": segment_BS,
-        "positions": position_BS1[:, :-1],
-    }
+def _train_split(component: MixtureComponent, seq_len: int, packing: str) -> TokenSplit:
+    split = component.split("train")
+    num_tokens = 0 if split is None else split.num_tokens
+    if split is None or (packing == "concat" and num_tokens < seq_len + 1):
+        raise ValueError(
+            f"component {component.name!r} has {num_tokens} training tokens, fewer than one window of seq_len + 1 = {seq_len + 1}; "
+            f"lower seq_len to {max(num_tokens - 1, 0)} or less, add text to it, or drop it from the mixture"
+        )
+    return split
+
+
+def _layout(split: TokenSplit, seq_len: int, packing: str) -> Windows | BestFitPlan:
+    return Windows(split.num_tokens, seq_len) if packing == "concat" else BestFitPlan(split.document_lengths(), seq_len)
+
+
+def _tokens_of_a_row(layout: Windows | BestFitPlan) -> float:
+    return layout.seq_len if isinstance(layout, Windows) else layout.num_tokens / layout.num_rows

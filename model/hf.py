@@ -74,7 +74,7 @@ def save_hf(
         path: the directory; made if it does not exist.
         config: the model, `vocab_size` set.
         params: its parameters, on this process's devices or in host memory.
-        tokenizer: a SentencePiece `.model` file, written in the forms transformers and others read.
+        tokenizer: a tokenizer directory, or a bare tokenizer file, written in the forms transformers and others read.
         max_shard_bytes: largest weights file; about twice as much host memory is used.
         dtype: how the weights are stored; anything but float32 rounds them.
 

@@ -1,75 +1,76 @@
-"""A SentencePiece model as the tokenizer files of Hugging Face transformers, encoding to the same ids.
+"""A vocabulary as the tokenizer files of Hugging Face transformers, encoding to the same ids, with BOS before each text.
 
-Three files: tokenizer.model (the SentencePiece file itself, which llama.cpp and others read), tokenizer.json (the same
-model spelled out for the `tokenizers` library) and tokenizer_config.json. The middle one is needed because the
-LlamaTokenizer class, given tokenizer.model alone, rebuilds every model as BPE without normalization: it is wrong for
-unigram models, for models with a normalizer, and for text that begins with a space.
+tokenizer.json and tokenizer_config.json for every kind; of a SentencePiece model also tokenizer.model, the file itself,
+which llama.cpp and others read. transformers' LlamaTokenizer, given that file alone, rebuilds every model as BPE without
+normalization: it is wrong for unigram models, for models with a normalizer, and for text that begins with a space. So the
+class named in tokenizer_config.json is the one that takes tokenizer.json as it is, in transformers 4 and 5.
 """
 
 from __future__ import annotations
 
-import base64
 from pathlib import Path
 from typing import Any
 
-from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
-
+from model.byte_pairs import BYTE_CHARACTERS, added_token, bos_first, tokenizer_json
+from model.byte_vocabulary import FIRST_BYTE
 from model.durable import write_durably, write_json
 from model.hf_config import SpecialIds
+from model.huggingface_vocabulary import HuggingFaceVocabulary
+from model.tiktoken_vocabulary import TiktokenVocabulary
+from model.vocabulary import FILES, Vocabulary
 
-_SPACE = "\u2581"  # SentencePiece's visible space
-_pb2: Any = sentencepiece_model_pb2  # generated at import, so a type checker sees no members
-_Piece = _pb2.ModelProto.SentencePiece
-_TrainerSpec = _pb2.TrainerSpec
+
+def exportable(vocabulary: Vocabulary) -> str | None:
+    """Why a vocabulary cannot be written for transformers, with the remedy, or None where it can be."""
+    if vocabulary.kind != "sentencepiece":
+        return None
+    from model.sentencepiece_json import SentencePieceJson
+
+    problem = SentencePieceJson(vocabulary.data()).problem()
+    return None if problem is None else f"tokenizer {vocabulary.path} cannot be written for transformers, its {problem}"
 
 
 class HfTokenizer:
-    """One SentencePiece model, ready to be written beside an exported model."""
+    """One vocabulary, ready to be written beside an exported model."""
 
     def __init__(self, path: Path | str, *, vocab_size: int, seq_len: int) -> None:
-        """Reads the model; writes nothing.
+        """Reads the vocabulary; writes nothing.
 
         Args:
-            path: a SentencePiece `.model` file.
+            path: a tokenizer directory, or a bare tokenizer file, as Vocabulary.open takes them.
             vocab_size: rows of the model's embedding.
             seq_len: the model's context, in tokens.
 
         Raises:
-            ValueError: the file is no SentencePiece model, or it has more ids than the embedding has rows, or it is of
-                a kind that `tokenizers` cannot represent.
+            ValueError: it is no tokenizer, or it has more ids than the embedding has rows, or it is of a kind that
+                `tokenizers` cannot represent.
         """
-        self._path, self._seq_len = Path(path), seq_len
-        self._bytes = self._path.read_bytes()
-        try:
-            processor = SentencePieceProcessor(model_proto=self._bytes)
-        except RuntimeError as error:
-            raise ValueError(f"{path} is not a SentencePiece model ({error}): give the .model file the data was tokenized with") from error
-        self._proto = _pb2.ModelProto.FromString(self._bytes)
-        self._pieces = list(self._proto.pieces)
-        if len(self._pieces) > vocab_size:
+        self._vocabulary, self._seq_len = Vocabulary.open(path), seq_len
+        if self._vocabulary.vocab_size > vocab_size:
             raise ValueError(
-                f"{path} has {len(self._pieces)} ids, more than model.vocab_size={vocab_size}: "
+                f"{path} has {self._vocabulary.vocab_size} ids, more than model.vocab_size={vocab_size}: "
                 f"give the tokenizer that the model was trained with"
             )
-        self._check_representable()
-        ids = [None if token_id < 0 else token_id for token_id in (processor.bos_id(), processor.eos_id(), processor.pad_id())]
-        self.special = SpecialIds(*ids)
-        self._unk_id = processor.unk_id()
+        if problem := exportable(self._vocabulary):
+            raise ValueError(problem)
+        self.special = SpecialIds(self._vocabulary.bos_id, self._vocabulary.eos_id, self._vocabulary.pad_id)
+        self._content, self._names = _content(self._vocabulary)
 
     def write(self, directory: Path) -> None:
-        """Writes the three files, each whole or not at all."""
-        write_durably(directory / "tokenizer.model", self._bytes)
+        """Writes the files, each whole or not at all."""
+        if self._vocabulary.kind == "sentencepiece":
+            write_durably(directory / FILES["sentencepiece"], self._vocabulary.data())
         write_json(directory / "tokenizer.json", self.tokenizer_json())
         write_json(directory / "tokenizer_config.json", self.tokenizer_config())
 
     def tokenizer_config(self) -> dict[str, Any]:
         """The content of tokenizer_config.json."""
-        named = {"bos_token": self.special.bos, "eos_token": self.special.eos, "unk_token": self._unk_id, "pad_token": self.special.pad}
+        special, unk_id = self.special, self._vocabulary.unk_id
+        named = {"bos_token": special.bos, "eos_token": special.eos, "unk_token": unk_id, "pad_token": special.pad}
         return {
-            # The class that takes tokenizer.json as it is, in transformers 4 and 5.
             "tokenizer_class": "PreTrainedTokenizerFast",
-            **{name: self._pieces[token_id].piece for name, token_id in named.items() if token_id is not None},
-            "add_bos_token": self.special.bos is not None,
+            **{field: self._names[token_id] for field, token_id in named.items() if token_id is not None},
+            "add_bos_token": special.bos is not None,
             "add_eos_token": False,
             "clean_up_tokenization_spaces": False,
             "model_max_length": self._seq_len,
@@ -77,100 +78,70 @@ class HfTokenizer:
         }
 
     def tokenizer_json(self) -> dict[str, Any]:
-        """The content of tokenizer.json: normalizer, model, decoder, and the BOS that every text begins with."""
-        decoders: list[dict[str, Any]] = [
-            {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
-            {"type": "ByteFallback"},
-            {"type": "Fuse"},
-        ]
-        if self._proto.normalizer_spec.add_dummy_prefix:
-            decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-        return {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": self._added_tokens(),
-            "normalizer": {"type": "Sequence", "normalizers": self._normalizers()},
-            "pre_tokenizer": None,
-            "post_processor": self._post_processor(),
-            "decoder": {"type": "Sequence", "decoders": decoders},
-            "model": self._bpe() if self._proto.trainer_spec.model_type == _TrainerSpec.BPE else self._unigram(),
-        }
+        """The content of tokenizer.json."""
+        return self._content
 
-    def _check_representable(self) -> None:
-        trainer, normalizer = self._proto.trainer_spec, self._proto.normalizer_spec
-        problem = None
-        if trainer.model_type not in (_TrainerSpec.BPE, _TrainerSpec.UNIGRAM):
-            problem = f"model_type={_TrainerSpec.ModelType.Name(trainer.model_type)}: train it as bpe or unigram"
-        elif trainer.treat_whitespace_as_suffix:
-            problem = "treat_whitespace_as_suffix=true: train it with false"
-        elif not normalizer.escape_whitespaces:
-            problem = "escape_whitespaces=false: train it with true"
-        if problem:
-            raise ValueError(f"{self._path} cannot be written for transformers, its {problem}")
 
-    def _normalizers(self) -> list[dict[str, Any]]:
-        spec = self._proto.normalizer_spec
-        steps: list[dict[str, Any]] = []
-        if spec.precompiled_charsmap:
-            steps.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(spec.precompiled_charsmap).decode("ascii")})
-        if spec.remove_extra_whitespaces:
-            steps.append({"type": "Replace", "pattern": {"Regex": r"\A +| +\z"}, "content": ""})
-            steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
-        if spec.add_dummy_prefix:
-            steps.append({"type": "Prepend", "prepend": _SPACE})
-        return [*steps, {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}]
+def _content(vocabulary: Vocabulary) -> tuple[dict[str, Any], dict[int, str]]:
+    """tokenizer.json of a vocabulary, and the names of its special tokens by their ids."""
+    names = {token_id: text for text, token_id in vocabulary.special_tokens.items()}
+    bos = None if vocabulary.bos_id is None else names[vocabulary.bos_id]
+    if isinstance(vocabulary, HuggingFaceVocabulary):
+        return _with_own_special_tokens(vocabulary, bos)
+    if isinstance(vocabulary, TiktokenVocabulary):
+        return tokenizer_json(vocabulary.pairs, vocabulary.special_tokens, bos=bos), names
+    if vocabulary.kind == "bytes":
+        return _bytes_json(vocabulary, bos), names
+    from model.sentencepiece_json import SentencePieceJson
 
-    def _added_tokens(self) -> list[dict[str, Any]]:
-        """Control pieces, which text never yields in SentencePiece, and user-defined pieces, which are never split."""
-        whole = {_Piece.CONTROL: True, _Piece.UNKNOWN: True, _Piece.USER_DEFINED: False}
-        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-        return [
-            {"id": token_id, "content": piece.piece, **flags, "special": whole[piece.type]}
-            for token_id, piece in enumerate(self._pieces)
-            if piece.type in whole
-        ]
+    model = SentencePieceJson(vocabulary.data())
+    # every SentencePiece model has an unknown piece
+    content = model.content(bos_id=vocabulary.bos_id, unk_id=vocabulary.unk_id or 0)
+    return content, dict(enumerate(model.pieces))
 
-    def _post_processor(self) -> dict[str, Any] | None:
-        bos_id = self.special.bos
-        if bos_id is None:
-            return None
-        bos = self._pieces[bos_id].piece
-        first: list[dict[str, Any]] = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-        second: list[dict[str, Any]] = [{"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
-        return {
-            "type": "TemplateProcessing",
-            "single": first,
-            "pair": [*first, *second],
-            "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
-        }
 
-    def _unigram(self) -> dict[str, Any]:
-        return {
-            "type": "Unigram",
-            "unk_id": self._unk_id,
-            "vocab": [[piece.piece, piece.score] for piece in self._pieces],
-            "byte_fallback": self._proto.trainer_spec.byte_fallback,
-        }
+def _with_own_special_tokens(vocabulary: HuggingFaceVocabulary, bos: str | None) -> tuple[dict[str, Any], dict[int, str]]:
+    """The file as it is, but that each text begins with our BOS and with nothing else."""
+    content = vocabulary.content()
+    vocab = content["model"]["vocab"]
+    ids = vocab if isinstance(vocab, dict) else {piece[0]: index for index, piece in enumerate(vocab)}
+    added = list(content.get("added_tokens") or [])
+    # BOS and EOS that are tokens of the model become special ones, as transformers needs them
+    known = {token["id"] for token in added}
+    added += [added_token(text, token_id) for text, token_id in vocabulary.special_tokens.items() if token_id not in known]
+    processor = None if bos is None else bos_first(bos, vocabulary.special_tokens[bos])
+    changed = {
+        "truncation": None,
+        "padding": None,
+        "added_tokens": sorted(added, key=lambda token: token["id"]),
+        "post_processor": processor,
+    }
+    names = {token_id: text for text, token_id in ids.items()} | {token["id"]: token["content"] for token in added}
+    return {**content, **changed}, names
 
-    def _bpe(self) -> dict[str, Any]:
-        """SentencePiece's BPE joins the adjacent pair whose result has the best score; here that is a ranked list of pairs."""
-        ids = {piece.piece: token_id for token_id, piece in enumerate(self._pieces) if piece.type == _Piece.NORMAL}
-        merges: list[tuple[float, int, str, str]] = []
-        for text, token_id in ids.items():
-            for cut in range(1, len(text)):
-                left, right = text[:cut], text[cut:]
-                if left in ids and right in ids:
-                    merges.append((-self._pieces[token_id].score, token_id, left, right))
-        return {
+
+def _bytes_json(vocabulary: Vocabulary, bos: str | None) -> dict[str, Any]:
+    """Bytes as a byte-level BPE without merges, their ids behind the special ones."""
+    bytes_step = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [added_token(text, token_id) for text, token_id in vocabulary.special_tokens.items()],
+        "normalizer": None,
+        "pre_tokenizer": bytes_step,
+        "post_processor": None if bos is None else bos_first(bos, vocabulary.special_tokens[bos]),
+        "decoder": {**bytes_step, "use_regex": True},
+        "model": {
             "type": "BPE",
             "dropout": None,
-            "unk_token": self._pieces[self._unk_id].piece,
+            "unk_token": None,
             "continuing_subword_prefix": None,
             "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": self._proto.trainer_spec.byte_fallback,
+            "fuse_unk": False,
+            "byte_fallback": False,
             "ignore_merges": False,
-            "vocab": {piece.piece: token_id for token_id, piece in enumerate(self._pieces)},
-            "merges": [[left, right] for _, _, left, right in sorted(merges, key=lambda merge: merge[:2])],
-        }
+            "vocab": vocabulary.special_tokens | {character: byte + FIRST_BYTE for byte, character in BYTE_CHARACTERS.items()},
+            "merges": [],
+        },
+    }

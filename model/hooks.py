@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
-import sentencepiece
 
 from model.batches import EvalBatches
 from model.checkpoint import Checkpoints
@@ -17,6 +16,7 @@ from model.generate import generate
 from model.metrics import JsonLines
 from model.partitioning import batch_sharding
 from model.train_step import loss_sums
+from model.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from model.trainer import Trainer
@@ -69,9 +69,9 @@ class SampleHook(Periodic):
     def __init__(self, every: int, lines: JsonLines, tokenizer_path: Path, trainer: Trainer) -> None:
         super().__init__(every)
         self._lines = lines
-        self._tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path))
+        self._vocabulary = Vocabulary.open(tokenizer_path)
         self._prompts = trainer.job.train.sample_prompts
-        self._encoded = [[self._tokenizer.bos_id(), *self._tokenizer.encode(prompt)] for prompt in self._prompts]
+        self._encoded = [self._encode(prompt) for prompt in self._prompts]
         room = trainer.config.seq_len - max((len(ids) for ids in self._encoded), default=0)
         if room < 1:  # known now, and not after hours of training
             raise ValueError(
@@ -79,6 +79,11 @@ class SampleHook(Periodic):
                 f"model.seq_len={trainer.config.seq_len}: shorten it"
             )
         self._max_new_tokens = min(trainer.job.train.sample_tokens, room)
+
+    def _encode(self, prompt: str) -> list[int]:
+        """As documents begin: with BOS where the vocabulary has one. A prompt without any token becomes EOS."""
+        bos = [] if self._vocabulary.bos_id is None else [self._vocabulary.bos_id]
+        return [*bos, *self._vocabulary.encode(prompt).tolist()] or [self._vocabulary.eos_id]
 
     def run(self, trainer: Trainer) -> None:
         """Appends one line a prompt to `samples.jsonl`."""
@@ -92,11 +97,11 @@ class SampleHook(Periodic):
             temperature=0.8,
             top_p=0.95,
             seed=trainer.step,
-            eos_id=self._tokenizer.eos_id(),
-            num_ids=self._tokenizer.get_piece_size(),
+            eos_id=self._vocabulary.eos_id,
+            num_ids=self._vocabulary.vocab_size,
         )
         samples: list[dict[str, Any]] = [
-            {"step": trainer.step, "prompt": prompt, "text": self._tokenizer.decode(ids[1:] + new)}
+            {"step": trainer.step, "prompt": prompt, "text": self._vocabulary.decode(ids + new)}
             for prompt, ids, new in zip(self._prompts, self._encoded, completions, strict=True)
         ]
         for sample in samples:

@@ -1,52 +1,77 @@
-"""A committed mixture: its components' token stores, their weights, and the tokenizer they share."""
+"""A committed mixture: its components' token stores, their shares, how they are packed, and the tokenizer they share."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.durable import sha256_of
-from model.token_store import StoreError, TokenSplit, TokenStore, artifact_path, read_committed
+from model.token_store import StoreError, TokenSplit, TokenStore, artifact_path, read_committed, with_tail
 
 MIXTURE_FILE = "mixture.json"
+PACKINGS = ("concat", "best_fit")
 
 
 @dataclass(frozen=True)
-class TokenizerFile:
-    """The SentencePiece model of a mixture and the ids that matter to training."""
+class MixtureTokenizer:
+    """The tokenizer of a mixture: its directory, its digest, and the ids that matter to training."""
 
     path: Path
-    sha256: str
+    digest: str
     vocab_size: int
-    bos_id: int
+    bos_id: int | None
     eos_id: int
 
     def check(self) -> None:
-        """Raises StoreError where the file is missing or is not the one the tokens were made with."""
-        if not self.path.is_file():
+        """Raises StoreError where the tokenizer is missing or damaged, or is not the one the tokens were made with."""
+        from model.vocabulary import Vocabulary  # not needed to read tokens
+
+        if not self.path.exists():
             raise StoreError(f"tokenizer {self.path} is missing; run the tokenizer step again")
-        if (found := sha256_of(self.path)) != self.sha256:
+        try:
+            found = Vocabulary.open(self.path).digest
+        except (OSError, ValueError) as error:
+            raise StoreError(f"tokenizer {self.path} cannot be used ({error}); run the tokenizer step again") from error
+        if found != self.digest:
             raise StoreError(
-                f"tokenizer {self.path} has sha256 {found}, the tokens were made with {self.sha256}; run the tokenizer step again"
+                f"tokenizer {self.path} has the digest {found}, the tokens were made with {self.digest}; run the tokenizer step again"
             )
 
 
 @dataclass(frozen=True)
 class MixtureComponent:
-    """One dataset of a mixture. A weight of 0 means that it is only evaluated."""
+    """One dataset of a mixture. `splits` has the held-out tail, where there is one, behind "validation"."""
 
     name: str
-    weight: float
     store: TokenStore
+    splits: Mapping[str, TokenSplit]
     unigram_entropy: float
+    max_epochs: float | None = None
 
     def split(self, name: str) -> TokenSplit | None:
         """The stream of a split, or None where it holds no token."""
-        split = self.store.splits.get(name)
+        split = self.splits.get(name)
         return split if split is not None and split.num_tokens else None
+
+
+@dataclass(frozen=True)
+class MixtureStage:
+    """Shares by component name, adding up to 1, from train step `step` on."""
+
+    step: int
+    shares: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class SimulatedEpochs:
+    """Each component is cut to the share experiment_tokens / target_tokens of its windows."""
+
+    experiment_tokens: int
+    target_tokens: int
 
 
 @dataclass(frozen=True)
@@ -57,7 +82,10 @@ class MixtureStore:
     name: str
     fingerprint: str
     components: tuple[MixtureComponent, ...]
-    tokenizer: TokenizerFile
+    stages: tuple[MixtureStage, ...]
+    packing: str
+    simulated_epoching: SimulatedEpochs | None
+    tokenizer: MixtureTokenizer
     unigram_entropy: float
 
     @classmethod
@@ -71,17 +99,21 @@ class MixtureStore:
         path = directory / MIXTURE_FILE
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
-            tokenizer = value["tokenizer"]
+            tokenizer, simulated = value["tokenizer"], value["simulated_epoching"]
+            components = tuple(_component(directory, entry, tokenizer["digest"]) for entry in value["components"])
             return cls(
                 path=directory,
                 name=str(value["name"]),
                 fingerprint=manifest["fingerprint"],
-                components=tuple(_component(directory, entry, tokenizer["sha256"]) for entry in value["components"]),
-                tokenizer=TokenizerFile(
+                components=components,
+                stages=_stages(value["stages"], [component.name for component in components]),
+                packing=_packing(value["packing"]),
+                simulated_epoching=None if simulated is None else _simulated(simulated),
+                tokenizer=MixtureTokenizer(
                     path=_below(directory, tokenizer["path"]),
-                    sha256=str(tokenizer["sha256"]),
+                    digest=str(tokenizer["digest"]),
                     vocab_size=int(tokenizer["vocab_size"]),
-                    bos_id=int(tokenizer["bos_id"]),
+                    bos_id=None if tokenizer["bos_id"] is None else int(tokenizer["bos_id"]),
                     eos_id=int(tokenizer["eos_id"]),
                 ),
                 unigram_entropy=float(value["unigram_entropy"]),
@@ -90,7 +122,7 @@ class MixtureStore:
             raise
         except FileNotFoundError:
             raise StoreError(f"{path} is missing; run the mixture step again") from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{path} is malformed ({type(error).__name__}: {error}); run the mixture step again") from None
 
     def component(self, name: str) -> MixtureComponent:
@@ -99,6 +131,11 @@ class MixtureStore:
             if component.name == name:
                 return component
         raise StoreError(f"the mixture {self.name!r} has no component {name!r}; it has {', '.join(c.name for c in self.components)}")
+
+    def trained(self) -> tuple[MixtureComponent, ...]:
+        """The components that some stage trains on, in the mixture's order."""
+        names = {name for stage in self.stages for name, share in stage.shares.items() if share}
+        return tuple(component for component in self.components if component.name in names)
 
     def validation_names(self) -> tuple[str, ...]:
         """The components that have validation tokens, in the mixture's order."""
@@ -110,16 +147,49 @@ def _below(directory: Path, relative: str) -> Path:
     return Path(os.path.normpath(directory / relative))
 
 
-def _component(directory: Path, entry: dict[str, Any], tokenizer_sha256: str) -> MixtureComponent:
+def _component(directory: Path, entry: dict[str, Any], tokenizer_digest: str) -> MixtureComponent:
     store = TokenStore.open(_below(directory, entry["store"]))
+    name = str(entry["name"])
     if store.fingerprint != entry["fingerprint"]:
         raise StoreError(
-            f"component {entry['name']!r}: {store.path} is {store.fingerprint[:16]}, the mixture was made of "
+            f"component {name!r}: {store.path} is {store.fingerprint[:16]}, the mixture was made of "
             f"{entry['fingerprint'][:16]}; run the mixture step again"
         )
-    if store.tokenizer_sha256 != tokenizer_sha256:
+    if store.tokenizer_digest != tokenizer_digest:
         raise StoreError(
-            f"component {entry['name']!r} was tokenized with {store.tokenizer_sha256[:16]}, the mixture's tokenizer is "
-            f"{tokenizer_sha256[:16]}; tokenize it again"
+            f"component {name!r} was tokenized with {store.tokenizer_digest[:16]}, the mixture's tokenizer is "
+            f"{tokenizer_digest[:16]}; tokenize it again"
         )
-    return MixtureComponent(str(entry["name"]), float(entry["weight"]), store, float(entry["unigram_entropy"]))
+    splits = with_tail(store.splits, int(entry["tail_tokens"]), f"component {name!r}")
+    limit = entry["max_epochs"]
+    if limit is not None and not (math.isfinite(limit) and limit > 0):
+        raise ValueError(f"max_epochs of {name!r} is {limit!r}")
+    return MixtureComponent(name, store, splits, float(entry["unigram_entropy"]), None if limit is None else float(limit))
+
+
+def _stages(entries: Sequence[dict[str, Any]], names: Sequence[str]) -> tuple[MixtureStage, ...]:
+    stages = tuple(
+        MixtureStage(int(entry["step"]), {str(name): float(share) for name, share in entry["shares"].items()}) for entry in entries
+    )
+    steps = [stage.step for stage in stages]
+    if steps[:1] != [0] or steps != sorted(set(steps)):
+        raise ValueError(f"stages start at the steps {steps}")
+    for stage in stages:
+        if not set(stage.shares) <= set(names) or not any(stage.shares.values()):
+            raise ValueError(f"the stage of step {stage.step} has the shares {dict(stage.shares)}")
+        if not all(math.isfinite(share) and share >= 0 for share in stage.shares.values()):
+            raise ValueError(f"the stage of step {stage.step} has the shares {dict(stage.shares)}")
+    return stages
+
+
+def _packing(value: Any) -> str:
+    if value not in PACKINGS:
+        raise ValueError(f"packing is {value!r}")
+    return value
+
+
+def _simulated(value: dict[str, Any]) -> SimulatedEpochs:
+    simulated = SimulatedEpochs(int(value["experiment_tokens"]), int(value["target_tokens"]))
+    if not 1 <= simulated.experiment_tokens <= simulated.target_tokens:
+        raise ValueError(f"simulated_epoching is {value}")
+    return simulated

@@ -1,162 +1,146 @@
 """The order of training rows: which window of which component is row i, as arithmetic, without state or tables.
 
-Row i is a pure function of (components, weights, seed, i). Version 1 of the order:
-  mixture      block b = i // 2048 holds round((b + 1) * 2048 * W_c) - round(b * 2048 * W_c) rows of the components up to
-               c, where W_c is their cumulative share, in exact integer arithmetic: error diffusion, so that any positive
-               weight gets its share in the long run; a keyed permutation places the rows inside the block
-  windows      row k of a component is window p(k mod n) of epoch k // n, with p a permutation keyed by the seed, the
-               component's name and the epoch; windows start at a keyed offset, so cut points move every epoch
-A component's own sequence of windows depends on its name alone: adding, dropping or re-weighting another does not move it.
+Row i is a pure function of (components, stages, seed, i). Version 2 of the order:
+  mixture      blocks of at most 2048 rows hold so many rows of each component that the shares are exact at every border
+               (`model.schedule`); a keyed permutation decides whose each row of the block is
+  windows      row k of a component is window p(k mod n) of epoch k // n, with n windows in an epoch and p a permutation keyed
+               by the seed, the component's name and the epoch. A window is whatever the packing says: a stretch of the stream
+               that is cut anew every epoch, or a bin of whole documents
+The rows of a component, in the order of the run, are its windows in an order that depends on its name alone, epoch after epoch:
+adding, dropping or re-weighting another component changes where they are, but not what comes next.
 
-Shapes: N rows asked for, C components.
+Shapes: N rows asked for, B rows of a block, C components.
 """
 
 from __future__ import annotations
 
-import hashlib
+import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 
-ORDER_VERSION = 1
-BLOCK = 2048
+from model.permutation import hash64, name_key, permute
+from model.schedule import BLOCK, Block, Schedule
+from model.shares import Stage
 
-_ROUNDS = 6
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+__all__ = ["BLOCK", "ORDER_VERSION", "Component", "RowOrder", "Rows", "Stage", "hash64", "permute"]
+
+ORDER_VERSION = 2
+_KEPT_BLOCKS = 4
+
 # which question a hash answers, so that the answers are independent
-_PLACE, _WINDOW, _OFFSET = 1, 2, 3
-
-
-def _finalize(x: np.ndarray) -> np.ndarray:
-    """The finalizer of splitmix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def hash64(*values: int | np.integer | np.ndarray) -> np.ndarray:
-    """A 64-bit hash of the values, elementwise over their broadcast shape, uint64."""
-    state = np.asarray(_GOLDEN)
-    with np.errstate(over="ignore"):
-        for value in values:
-            state = _finalize(state + np.asarray(value).astype(np.uint64) * _GOLDEN + np.uint64(0x632BE59BD9B4E019))
-    return state
-
-
-def name_key(name: str) -> np.uint64:
-    """The number that stands for a component's name in the hashes."""
-    return np.uint64(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
-
-
-def permute(index_N: np.ndarray, size: np.ndarray | int, key: np.ndarray) -> np.ndarray:
-    """A permutation of range(size) chosen by `key`, evaluated at the indices; `size` and `key` broadcast. int64 [N].
-
-    A balanced Feistel network with cycle walking (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
-    Needs 0 <= index < size <= 2**52.
-    """
-    value_N = np.asarray(index_N).astype(np.uint64)
-    size_N = np.broadcast_to(np.asarray(size).astype(np.uint64), value_N.shape)
-    key_N = np.broadcast_to(key, value_N.shape)
-    # frexp gives the bit length of an integer exactly below 2**53
-    bits_N = np.frexp((np.maximum(size_N, 2) - np.uint64(1)).astype(np.float64))[1]
-    half_N = ((np.maximum(bits_N, 2) + 1) // 2).astype(np.uint64)
-    mask_N = (np.uint64(1) << half_N) - np.uint64(1)
-    outside = np.ones(value_N.shape, bool)
-    while outside.any():
-        half, mask, round_key = half_N[outside], mask_N[outside], key_N[outside]
-        left, right = value_N[outside] >> half, value_N[outside] & mask
-        for number in range(_ROUNDS):
-            left, right = right, left ^ (hash64(round_key, number, right) & mask)
-        value_N[outside] = (left << half) | right
-        outside = value_N >= size_N
-    return value_N.astype(np.int64)
+_PLACE, _WINDOW, _CUT, _SLICE = 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
 class Component:
-    """What the order needs to know of a component: its name, its weight (any positive scale), its number of tokens."""
+    """What the order needs to know of a component: its name, its windows, and how much of them may be used.
+
+    `max_epochs`: after so many epochs it is left out. `kept_windows`: only so many windows, chosen once for the run, are
+    used at all (simulated epoching); then the stream is cut in the same places every epoch, so that the same rows repeat.
+    """
 
     name: str
-    weight: float
-    num_tokens: int
+    num_windows: int
+    max_epochs: float | None = None
+    kept_windows: int | None = None
+
+    @property
+    def epoch_rows(self) -> int:
+        """Rows of one epoch."""
+        return self.num_windows if self.kept_windows is None else self.kept_windows
+
+    @property
+    def max_rows(self) -> int | None:
+        """Rows after which the component is left out, at least 1; None where it never is."""
+        if self.max_epochs is None:
+            return None
+        # the decimal that was written, not the binary fraction below it: 0.7 epochs of 10 windows are 7 rows
+        return max(1, math.floor(Fraction(str(self.max_epochs)) * self.epoch_rows))
+
+
+class Rows(NamedTuple):
+    """Where rows come from: component index int64 [N], window of it int64 [N], and the random number of its epoch uint64 [N]."""
+
+    component: np.ndarray
+    window: np.ndarray
+    cut: np.ndarray
 
 
 class RowOrder:
-    """Maps row numbers to (component, first token of its window of seq_len + 1 tokens)."""
+    """Maps row numbers to windows of components."""
 
-    def __init__(self, components: Sequence[Component], seq_len: int, seed: int) -> None:
-        """Raises ValueError for a weight that is not positive, or a component shorter than one window."""
+    def __init__(self, components: Sequence[Component], stages: Sequence[Stage], seed: int) -> None:
+        """Raises ValueError where there are no components, a component has no window, or the stages do not fit."""
         if not components:
             raise ValueError("the mixture has no component with a positive weight; give at least one in mixture.weights")
         for component in components:
-            if not component.weight > 0:
-                raise ValueError(f"component {component.name!r} has weight {component.weight}; a training weight must be above 0")
-            if component.num_tokens < seq_len + 1:
-                raise ValueError(
-                    f"component {component.name!r} has {component.num_tokens} training tokens, fewer than one window of "
-                    f"seq_len + 1 = {seq_len + 1}; lower seq_len to {max(component.num_tokens - 1, 0)} or less, add text to it, "
-                    "or drop it from the mixture"
-                )
+            if not 1 <= component.epoch_rows <= component.num_windows:
+                raise ValueError(f"component {component.name!r} uses {component.epoch_rows} of {component.num_windows} windows")
+        self.components = tuple(components)
         self.names = tuple(component.name for component in components)
-        self.seq_len = seq_len
         self._seed = seed
-        shares = [Fraction(component.weight) for component in components]
-        total = sum(shares)
-        cumulative = [sum(shares[: index + 1], Fraction(0)) / total for index in range(len(shares))]
-        self._cumulative = [(share.numerator, share.denominator) for share in cumulative]
-        self._tokens_C = np.array([component.num_tokens for component in components], np.int64)
-        # one window is held back so that every offset fits; a component of less than two windows has one, and fewer offsets
-        self._windows_C = np.maximum(self._tokens_C // seq_len - 1, 1)
-        self._offsets_C = np.minimum(self._tokens_C - self._windows_C * seq_len, seq_len)
+        self._schedule = Schedule(self.names, stages, [component.max_rows for component in components])
+        self._windows_C = np.array([component.num_windows for component in components], np.int64)
+        self._epoch_C = np.array([component.epoch_rows for component in components], np.int64)
+        self._sliced_C = self._epoch_C < self._windows_C
+        self._fixed_C = np.array([component.kept_windows is not None for component in components])
         self._names_C = np.array([name_key(component.name) for component in components], np.uint64)
-        self._plans: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._plans: OrderedDict[int, tuple[Block, Rows]] = OrderedDict()
 
-    def rows_before(self, row: int) -> np.ndarray:
-        """How many of the rows [0, row) each component has, int64 [C], for a row on a block's border."""
-        edges = [0] + [(2 * row * numerator + denominator) // (2 * denominator) for numerator, denominator in self._cumulative]
-        return np.diff(np.array(edges, np.int64))
+    @property
+    def num_rows(self) -> int | None:
+        """Rows until every component has had its `max_epochs`; None where that never is."""
+        return self._schedule.num_rows
 
-    def locate(self, rows_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(component index [N], first token of the window in that component's stream [N]), both int64."""
-        block_N, within_N = np.divmod(np.asarray(rows_N, np.int64), BLOCK)
-        component_N, start_N = np.empty_like(block_N), np.empty_like(block_N)
-        for block in np.unique(block_N):
-            inside = block_N == block
-            component_B, start_B = self._plan(int(block))
-            component_N[inside], start_N[inside] = component_B[within_N[inside]], start_B[within_N[inside]]
-        return component_N, start_N
+    def rows(self, start: int, stop: int) -> Rows:
+        """Rows [start, stop) of the run. Raises IndexError past the last row."""
+        parts: list[Rows] = []
+        while start < stop:
+            block, rows = self._plan(start)
+            end = min(stop, block.stop)
+            part = slice(start - block.start, end - block.start)
+            parts.append(Rows(rows.component[part], rows.window[part], rows.cut[part]))
+            start = end
+        return parts[0] if len(parts) == 1 else Rows(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
     def planned_rows(self, num_rows: int) -> Mapping[str, int]:
-        """How many of the first `num_rows` rows each component gets."""
-        border, rest = divmod(num_rows, BLOCK)
-        counts = self.rows_before(border * BLOCK)
-        if rest:
-            counts = counts + np.bincount(self._plan(border)[0][:rest], minlength=len(self.names))
-        return {name: int(count) for name, count in zip(self.names, counts, strict=True)}
+        """How many of the first `num_rows` rows each component gets. Raises IndexError past the last row."""
+        counts_C = np.zeros(len(self.names), np.int64)
+        if num_rows:
+            block, rows = self._plan(num_rows - 1)
+            counts_C = np.array(block.before) + np.bincount(rows.component[: num_rows - block.start], minlength=len(self.names))
+        return {name: int(count) for name, count in zip(self.names, counts_C, strict=True)}
 
-    def epoch_tokens(self) -> Mapping[str, int]:
-        """Training tokens of each component: reading as many is one epoch."""
-        return {name: int(count) for name, count in zip(self.names, self._tokens_C, strict=True)}
+    def _plan(self, row: int) -> tuple[Block, Rows]:
+        """The block that holds `row`, whole. Kept, since a block at once costs little more than a batch."""
+        for block, rows in self._plans.values():
+            if block.start <= row < block.stop:
+                return block, rows
+        if len(self._plans) >= _KEPT_BLOCKS:
+            self._plans.popitem(last=False)
+        block = self._schedule.block(row)
+        self._plans[block.start] = block, self._compute(block)
+        return self._plans[block.start]
 
-    def _plan(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Component and window start of the block's rows. Kept, since a block at once costs little more than a batch."""
-        if block not in self._plans:
-            if len(self._plans) >= 4:
-                self._plans.popitem(last=False)
-            self._plans[block] = self._compute(block)
-        return self._plans[block]
-
-    def _compute(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        before_C = self.rows_before(block * BLOCK)
-        end_C = np.cumsum(self.rows_before((block + 1) * BLOCK) - before_C)
-        begin_C = np.concatenate([[0], end_C[:-1]])
-        place = permute(np.arange(BLOCK), BLOCK, hash64(self._seed, _PLACE, block))
-        component = np.searchsorted(end_C, place, side="right")
-        epoch, nth = np.divmod(before_C[component] + place - begin_C[component], self._windows_C[component])
-        name = self._names_C[component]
-        window = permute(nth, self._windows_C[component], hash64(self._seed, _WINDOW, name, epoch))
-        offset = (hash64(self._seed, _OFFSET, name, epoch) % self._offsets_C[component].astype(np.uint64)).astype(np.int64)
-        return component, offset + window * self.seq_len
+    def _compute(self, block: Block) -> Rows:
+        before_C = np.array(block.before, np.int64)
+        count_C = np.array(block.after, np.int64) - before_C
+        size = block.stop - block.start
+        place_B = permute(np.arange(size), size, hash64(self._seed, _PLACE, block.start))
+        component_B = np.repeat(np.arange(len(count_C)), count_C)[place_B]
+        nth_B = np.empty(size, np.int64)
+        # the rows of a component are numbered as they come, so that its epochs follow one another
+        nth_B[np.argsort(component_B, kind="stable")] = np.arange(size) + np.repeat(before_C - np.cumsum(count_C) + count_C, count_C)
+        epoch_B, nth_B = np.divmod(nth_B, self._epoch_C[component_B])
+        name_B = self._names_C[component_B]
+        window_B = permute(nth_B, self._epoch_C[component_B], hash64(self._seed, _WINDOW, name_B, epoch_B))
+        if len(sliced := np.flatnonzero(self._sliced_C[component_B])):
+            of = component_B[sliced]
+            window_B[sliced] = permute(window_B[sliced], self._windows_C[of], hash64(self._seed, _SLICE, self._names_C[of]))
+        cut_B = hash64(self._seed, _CUT, name_B, np.where(self._fixed_C[component_B], 0, epoch_B))
+        return Rows(component_B, window_B, cut_B)

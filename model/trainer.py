@@ -88,12 +88,12 @@ class Trainer:
         if self.checkpoints.latest_step() is None:
             return init_state(self.config, self.job.train, self.mesh)
         state, progress = self.checkpoints.restore(abstract_state(self.config, self.job.train, self.mesh))
-        if progress["mixture"] != self.mixture.fingerprint or progress["run"] != self.job.fingerprint:
+        if progress["run"] != self.job.fingerprint:
             raise ValueError(
-                f"the checkpoint of step {progress['step']} in {self.checkpoints.directory} belongs to run {progress['run'][:16]} "
-                f"on mixture {progress['mixture'][:16]}, not to this run {self.job.fingerprint[:16]} on {self.mixture.fingerprint[:16]}: "
-                "move it away"
+                f"the checkpoint of step {progress['step']} in {self.checkpoints.directory} belongs to run {progress['run'][:16]}, "
+                f"not to this run {self.job.fingerprint[:16]}: move it away"
             )
+        self.loader.check_state(progress.get("data", {}), progress["step"])
         return TrainState(*state)
 
     def _make_hooks(self) -> list[Hook]:
@@ -119,12 +119,7 @@ class Trainer:
 
     def progress(self) -> dict[str, Any]:
         """What a checkpoint records beside the arrays: the data position is the step itself."""
-        return {
-            "step": self.step,
-            "run": self.job.fingerprint,
-            "mixture": self.mixture.fingerprint,
-            "data_seed": self.job.train.loader_seed,
-        }
+        return {"step": self.step, "run": self.job.fingerprint, "data": self.loader.state(self.step)}
 
     def run(self) -> bool:
         """Trains to the last step. False when a signal stopped it, after saving."""
@@ -168,7 +163,8 @@ class Trainer:
         speed = self.speed.step_done(step, self._loading_seconds.pop(step))
         if step % self.job.train.steps_per_log == 0 or step in (1, self.last_step):
             rate = float(np.asarray(learning_rate_schedule(self.job.train)(step - 1)))
-            self.metrics.log(step, {**values, "optim/learning_rate": rate, **speed})
+            loader = {"throughput/loader_occupancy": self.feed.occupancy()}
+            self.metrics.log(step, {**values, "optim/learning_rate": rate, **speed, **loader})
         emit(
             "progress",
             step=step,

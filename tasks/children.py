@@ -115,6 +115,11 @@ def _stop(process: subprocess.Popen[str]) -> None:
         process.wait()
 
 
+def stopping() -> bool:
+    """Whether `stop_children` was called: long work in threads looks here between two pieces."""
+    return _stopping.is_set()
+
+
 def stop_children() -> None:
     """Asks every running child to save and stop; those started from now on are stopped at once.
 

@@ -15,7 +15,8 @@ from model.config import LlamaConfig
 from model.config_base import Config, runtime
 from model.trackers import TrackerName
 from model.train_config import SimpleTrainConfig
-from tasks.datasets import Mixture
+from tasks.mixture_config import Mixture
+from tasks.tokenize_config import TokenizeConfig
 
 
 class ExportConfig(Config):
@@ -33,6 +34,7 @@ class RunConfig(Config):
     model: LlamaConfig
     train: SimpleTrainConfig
     data: Mixture
+    tokenize: TokenizeConfig = runtime(TokenizeConfig(), description="Where and how wide tokenization runs.")
     export: ExportConfig = ExportConfig()
     track: tuple[TrackerName, ...] = runtime((), description="Trackers besides metrics.jsonl; offline without an account.")
     tags: tuple[str, ...] = runtime((), description="Tags for the trackers.")

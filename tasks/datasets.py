@@ -1,9 +1,28 @@
-"""Declaring data: the configuration classes, the packaged mixture, and one's own text. No heavy import."""
+"""Declaring data: the configuration classes, the packaged mixture, known corpora, and one's own text. No heavy import."""
 
 from __future__ import annotations
 
+from tasks.catalogue import (
+    catalogue,
+    dclm_baseline,
+    dclm_mixture_config_llama3,
+    dolma,
+    dolma_parts,
+    dolma_weights,
+    fineweb,
+    fineweb_edu,
+    llama3_tokenizer,
+    nemotron_cc,
+    nemotron_cc_parts,
+    nemotron_cc_weights,
+    paloma,
+    proofpile_2,
+    slimpajama_6b,
+    slimpajama_627b,
+    starcoderdata,
+)
 from tasks.mixture_config import Chat, Dataset, Mixture, PromptCompletion, Reading, SimulatedEpoching, WeightsFrom, check_name
-from tasks.sources import DataError, check_sources
+from tasks.sources import DataError, check_files
 from tasks.vocabularies import (
     BytePairTraining,
     ByteTokenizer,
@@ -12,7 +31,9 @@ from tasks.vocabularies import (
     SentencePieceTraining,
     TiktokenFile,
     Tokenizer,
+    TokenizerTraining,
 )
+from tasks.vocabulary_file import inspect_tokenizer
 
 __all__ = [
     "BytePairTraining",
@@ -30,10 +51,27 @@ __all__ = [
     "TiktokenFile",
     "Tokenizer",
     "WeightsFrom",
+    "catalogue",
     "check_name",
     "check_sources",
+    "dclm_baseline",
+    "dclm_mixture_config_llama3",
+    "dolma",
+    "dolma_parts",
+    "dolma_weights",
+    "fineweb",
+    "fineweb_edu",
+    "llama3_tokenizer",
+    "nemotron_cc",
+    "nemotron_cc_parts",
+    "nemotron_cc_weights",
     "own_text_mixture",
+    "paloma",
+    "proofpile_2",
     "shakespeare_mixture",
+    "slimpajama_6b",
+    "slimpajama_627b",
+    "starcoderdata",
 ]
 
 
@@ -60,10 +98,34 @@ def shakespeare_mixture() -> Mixture:
     return Mixture(name="shakespeare", datasets=(plays, sonnets), weights={"plays": 0.9, "sonnets": 0.1}, tokenizer=SentencePieceTraining())
 
 
-def own_text_mixture(sources: tuple[str, ...], tokenizer: Tokenizer) -> Mixture:
+OWN_TEXT = Reading(document="paragraph", min_document_bytes=2000, holdout=0.05)
+
+
+def own_text_mixture(sources: tuple[str, ...], tokenizer: Tokenizer, reading: Reading = OWN_TEXT) -> Mixture:
     """A mixture of one dataset, `text`, over files of one's own: records by the key `text`, everything else as plain text.
 
-    Plain text is cut at blank lines into documents of 2,000 bytes or more; a twentieth is held out.
+    By default plain text is cut at blank lines into documents of 2,000 bytes or more; a twentieth is held out.
     """
-    dataset = Dataset(name="text", source=sources, holdout=0.05, document="paragraph", min_document_bytes=2000)
-    return Mixture(name="text", datasets=(dataset,), weights={"text": 1.0}, tokenizer=tokenizer)
+    fields = {name: getattr(reading, name) for name in Reading.model_fields}
+    return Mixture(name="text", datasets=(Dataset(name="text", source=sources, **fields),), weights={"text": 1.0}, tokenizer=tokenizer)
+
+
+def check_sources(mixture: Mixture) -> None:
+    """Everything about the mixture's sources that can be known to fail before work starts. Reads one byte of each local file.
+
+    Raises DataError naming the dataset or the tokenizer, the file and the remedy: a source that matches nothing, a file
+    that is empty or cannot be read, names that say test data, a tokenizer that is none or lacks EOS.
+    """
+    for dataset in mixture.datasets:
+        if dataset.has_files:
+            check_files(dataset, trained=mixture.is_trained(dataset.name))
+        if dataset.tfds is not None:
+            from tasks.seqio_bridge.seqio_names import check_tfds_name
+
+            check_tfds_name(dataset.tfds)
+        if isinstance(dataset.answers, Chat) and dataset.answers.template is not None:
+            from tasks.readers.chat_template import check_template  # Jinja is loaded for conversations only
+
+            check_template(dataset.answers.template)
+    if not isinstance(mixture.tokenizer, TokenizerTraining):
+        inspect_tokenizer(mixture.tokenizer)

@@ -13,6 +13,7 @@ from model.train_config import SimpleTrainConfig
 from tasks.config import ExportConfig, RunConfig
 from tasks.datasets import Mixture
 from tasks.presets import preset as preset_run
+from tasks.tokenize_config import TokenizeConfig
 
 TRAIN_SCALARS = ("num_train_steps", "train_batch_size", "learning_rate", "seed")
 
@@ -40,6 +41,7 @@ def resolve_run(
     model: LlamaConfig | None = None,
     train: SimpleTrainConfig | None = None,
     data: Mixture | None = None,
+    tokenize: TokenizeConfig | None = None,
     export: ExportConfig | None = None,
     track: Sequence[TrackerName] | None = None,
     tags: Sequence[str] | None = None,
@@ -58,6 +60,7 @@ def resolve_run(
         model=model or base.model,
         train=SimpleTrainConfig(**{**dict(chosen), **changed}),
         data=data or base.data,
+        tokenize=tokenize or base.tokenize,
         export=export or base.export,
         track=base.track if track is None else tuple(track),
         tags=base.tags if tags is None else tuple(tags),

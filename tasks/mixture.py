@@ -11,64 +11,53 @@ import numpy as np
 
 from model.durable import remove_temporaries, write_json
 from model.mixture_store import MIXTURE_FILE
+from model.token_split import TokenSplit, with_tail
 from model.token_store import TokenStore
+from model.vocabulary import Vocabulary
 from tasks.artifacts import Artifact
-from tasks.caching import step_task
+from tasks.caching import run_logger, step_task
 from tasks.children import ChildFailed, run_child
-from tasks.data_steps import Mixing, RawFiles, RegisteredTask, Tokenization
+from tasks.data_steps import Mixing, RawFiles, RegisteredTask, TfdsTask, Tokenization
 from tasks.download import raw_files
-from tasks.mixture_worker import MixtureComponentSpec, MixtureSpec
+from tasks.seqio_bridge.mixture_worker import MixtureComponentSpec, MixtureSpec
 from tasks.sources import DataError
 from tasks.steps import Step
-from tasks.vocabulary import MODEL
-from tasks.vocabulary_file import inspect_vocabulary
 
 
 def mix_body(step: Step, directory: Path, inputs: tuple[Artifact, ...]) -> dict[str, Any]:
     """Writes `mixture.json` over `inputs`: the tokenizer, a token store for each dataset, the raw files of those that have any.
 
     It names its neighbours by relative paths, so that a root can be moved as a whole.
-    Raises DataError where a store was made with another tokenizer, or a dataset with a weight has no training token.
+    Raises DataError where a store was made with another tokenizer, or a dataset with a share has no training token.
     """
+    config = step.config
+    assert isinstance(config, Mixing)
     tokenizer, *others = inputs
-    tokens = [artifact for artifact in others if artifact.kind == "tokens"]
-    model = Path(tokenizer.path) / MODEL
-    weights = seqio_rates(step, directory, inputs)
-    info = inspect_vocabulary(model)
+    vocabulary = Vocabulary.open(Path(tokenizer.path))
+    rates = seqio_rates(step, directory, inputs)
+    # the first stage as SeqIO has it; SeqIO knows no rates that change
+    stages = [{"step": 0, "shares": rates}, *config.stages[1:]]
+    trained = {name for stage in stages for name, share in stage["shares"].items() if share}
     components: list[dict[str, Any]] = []
-    frequencies = np.zeros(info.vocab_size)
-    for artifact in tokens:
-        store = TokenStore.open(artifact)
-        weight = weights.get(artifact.name, 0.0)
-        if store.tokenizer_sha256 != info.sha256:
-            raise DataError(f"{artifact.path} was made with another tokenizer than {model}; tokenize it again")
-        train = store.splits.get("train")
-        if weight and (train is None or not train.num_tokens):
+    frequencies = np.zeros(vocabulary.vocab_size)
+    for artifact in (artifact for artifact in others if artifact.kind == "tokens"):
+        component, counts = _component(artifact, directory, vocabulary, config)
+        if artifact.name in trained and not component["splits"]["train"]["tokens"]:
             raise DataError(f"dataset {artifact.name!r} has no training token; add text, or lower its holdout")
-        counts = train.counts(info.vocab_size) if train else np.zeros(info.vocab_size, np.int64)
-        # never a target that counts, so no part of what frequency alone would cost
-        counts[info.bos_id] = 0
-        if weight:
-            frequencies += weight * counts / counts.sum()
-        components.append(
-            {
-                "name": artifact.name,
-                "weight": weight,
-                "store": os.path.relpath(artifact.path, directory),
-                "fingerprint": artifact.fingerprint,
-                "splits": {split: _totals(store, split) for split in ("train", "validation")},
-                "unigram_entropy": unigram_entropy(counts),
-            }
-        )
+        frequencies += rates.get(artifact.name, 0.0) * counts / max(counts.sum(), 1)
+        components.append(component)
     value = {
         "name": step.name,
         "components": components,
+        "stages": stages,
+        "packing": config.packing,
+        "simulated_epoching": config.simulated_epoching.identity() if config.simulated_epoching else None,
         "tokenizer": {
-            "path": os.path.relpath(model, directory),
-            "sha256": info.sha256,
-            "vocab_size": info.vocab_size,
-            "bos_id": info.bos_id,
-            "eos_id": info.eos_id,
+            "path": os.path.relpath(tokenizer.path, directory),
+            "digest": vocabulary.digest,
+            "vocab_size": vocabulary.vocab_size,
+            "bos_id": vocabulary.bos_id,
+            "eos_id": vocabulary.eos_id,
         },
         "unigram_entropy": unigram_entropy(frequencies),
     }
@@ -78,10 +67,34 @@ def mix_body(step: Step, directory: Path, inputs: tuple[Artifact, ...]) -> dict[
     return {"unigram_entropy": value["unigram_entropy"], "components": len(components), **totals}
 
 
+def _component(artifact: Artifact, directory: Path, vocabulary: Vocabulary, config: Mixing) -> tuple[dict[str, Any], np.ndarray]:
+    """The entry of one token store in `mixture.json`, and how often each id occurs in its training split [vocab_size]."""
+    store = TokenStore.open(artifact)
+    if store.tokenizer_digest != vocabulary.digest:
+        raise DataError(f"{artifact.path} was made with another tokenizer than {vocabulary.digest[:16]}; tokenize it again")
+    tail = config.holdout_tail.get(artifact.name, 0)
+    splits = with_tail(store.splits, tail, artifact.path)
+    train = splits.get("train")
+    counts = train.counts(vocabulary.vocab_size) if train else np.zeros(vocabulary.vocab_size, np.int64)
+    if vocabulary.bos_id is not None:
+        # never a target that counts, so no part of what frequency alone would cost
+        counts[vocabulary.bos_id] = 0
+    entry = {
+        "name": artifact.name,
+        "store": os.path.relpath(artifact.path, directory),
+        "fingerprint": artifact.fingerprint,
+        "splits": {split: _totals(splits.get(split)) for split in ("train", "validation")},
+        "unigram_entropy": unigram_entropy(counts),
+        "tail_tokens": tail,
+        "max_epochs": config.max_epochs.get(artifact.name),
+    }
+    return entry, counts
+
+
 def seqio_rates(step: Step, directory: Path, inputs: tuple[Artifact, ...]) -> dict[str, float]:
     """Defines the mixture as a real `seqio.Mixture`, in a child process; the rates SeqIO has for it, by dataset.
 
-    Raises DataError where a token store does not begin with the document that SeqIO yields.
+    Raises DataError where a token store does not begin with the documents that SeqIO yields.
     """
     config = step.config
     assert isinstance(config, Mixing)
@@ -91,19 +104,27 @@ def seqio_rates(step: Step, directory: Path, inputs: tuple[Artifact, ...]) -> di
         store = str(Path(paths[tokens.fingerprint]).absolute())
         if isinstance(tokens.config, RegisteredTask):
             components.append(MixtureComponentSpec(name=tokens.name, store=store, registered=tokens.config))
-            continue
-        raw = tokens.upstream[0]
-        assert isinstance(tokens.config, Tokenization)
-        assert isinstance(raw.config, RawFiles)
-        files = raw_files(Path(paths[raw.fingerprint]).absolute(), raw.config)
-        components.append(MixtureComponentSpec(name=tokens.name, store=store, files=tuple(map(str, files)), reading=tokens.config.reading))
-    tokenizer = str((Path(inputs[0].path) / MODEL).absolute())
-    spec = MixtureSpec(name=step.name, tokenizer=tokenizer, weights=config.weights, components=tuple(components))
+        elif isinstance(tokens.config, TfdsTask):
+            components.append(MixtureComponentSpec(name=tokens.name, store=store, tfds=tokens.config))
+        else:
+            raw = tokens.upstream[0]
+            assert isinstance(tokens.config, Tokenization)
+            assert isinstance(raw.config, RawFiles)
+            files = tuple(map(str, raw_files(Path(paths[raw.fingerprint]).absolute(), raw.config)))
+            components.append(MixtureComponentSpec(name=tokens.name, store=store, files=files, reading=tokens.config.reading))
+    tokenizer = str(Path(inputs[0].path).absolute())
+    spec = MixtureSpec(name=step.name, tokenizer=tokenizer, weights=config.stages[0]["shares"], components=tuple(components))
     path = directory / ".mixture.json"
     write_json(path, spec.model_dump(mode="json"))
     rates: dict[str, float] = {}
+
+    def on_event(event: dict[str, Any]) -> None:
+        rates.update(event.get("rates", {}))
+        if event.get("event") == "warning":
+            run_logger().warning(str(event["message"]))
+
     try:
-        run_child("tasks.mixture_worker", [str(path.absolute())], lambda event: rates.update(event.get("rates", {})))
+        run_child("tasks.seqio_bridge.mixture_worker", [str(path.absolute())], on_event)
     except ChildFailed as failed:
         raise DataError(str(failed)) from None
     return rates
@@ -121,8 +142,7 @@ def unigram_entropy(counts: np.ndarray) -> float:
     return float(-(share * np.log(share)).sum())
 
 
-def _totals(store: TokenStore, split: str) -> Mapping[str, int]:
-    stream = store.splits.get(split)
+def _totals(stream: TokenSplit | None) -> Mapping[str, int]:
     return {
         "documents": stream.num_documents if stream else 0,
         "tokens": stream.num_tokens if stream else 0,

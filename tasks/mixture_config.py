@@ -61,7 +61,7 @@ class Reading(Config):
         default="fail", description="Stop at a document that is too long or undecodable or lacks its text, or skip and count it."
     )
     holdout: float = Field(
-        default=0.0, ge=0, le=0.5, description="Share of the documents held out for validation, chosen by a hash of the text."
+        default=0.0, ge=0, le=1, description="Share of the documents held out for validation, by a hash of the text; 1: only evaluated."
     )
 
     @model_validator(mode="after")
@@ -81,7 +81,8 @@ class Dataset(Reading):
     `source` says where the files are now and is no part of the dataset's identity: their names and contents are.
     A source is a path or a glob (`**` descends), one of these URLs with globs, or several of them:
     `file://`, `http(s)://` (one file each), `hf://datasets/org/name@revision/glob`, `gs://` and whatever else fsspec opens,
-    `tfds://name/config:version`, or `package:` and a glob below this package's own texts.
+    `LIST#GLOB` for a file that lists others by URL, `tfds://name/config:version`, or `package:` and a glob below this
+    package's own texts.
     With `seqio_task` nothing is read here: that task's "train" split is trained on and its "validation" split, where it
     has one, is evaluated; `revision` then is the one thing that tells one state of its data from another. `seqio_mixture`
     stands for the tasks of a SeqIO mixture, which share this dataset's weight by the mixture's own rates.
@@ -89,7 +90,7 @@ class Dataset(Reading):
 
     name: str = Field(default=..., description="Names the component in weights, metrics and directories.")
     source: str | tuple[str, ...] = runtime((), description="Where the files are; see the class.")
-    sha256: dict[str, str] = runtime({}, description="Published digests by file name; a file that differs is refused.")
+    sha256: dict[str, str] = runtime({}, description="Published digests by file name, also of a list of files; what differs is refused.")
     revision: str | None = Field(default=None, description="Which version of the data this is, in its publisher's words.")
     licence: str | None = runtime(None, description="The licence of the data, for the record.")
     homepage: str | None = runtime(None, description="Where the data is described, for the record.")
@@ -215,6 +216,8 @@ class Mixture(Config):
                 "set mixture.tokenizer to SentencePieceFile(path=...) of that vocabulary"
             )
         for dataset in self.datasets:
+            if self.is_trained(dataset.name) and dataset.holdout == 1:
+                raise ValueError(f"dataset {dataset.name!r} has a weight and holdout=1.0, which leaves no training text; drop one of them")
             held_out = dataset.holdout or dataset.name in self.holdout_tail
             if not self.is_trained(dataset.name) and not held_out and dataset.has_files:
                 raise ValueError(

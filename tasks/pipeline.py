@@ -26,7 +26,7 @@ class RunSteps:
 
 def run_steps(config: RunConfig) -> RunSteps:
     """The steps of a run. Reads the sources' content digests, downloads and computes nothing."""
-    data = mixture_steps(config.data)
+    data = mixture_steps(config.data, config.tokenize)
     training = Step(
         kind="checkpoints",
         name=config.name,

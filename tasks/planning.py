@@ -19,10 +19,11 @@ from model.flops import num_parameters, train_flops_per_token
 from model.trackers import check_trackers
 from tasks.artifacts import check_writable, read_manifest
 from tasks.config import RunConfig, TrainingStep, beside_fields
-from tasks.datasets import SentencePieceFile, Tokenizer, check_sources
+from tasks.data_plan import BYTES_PER_TOKEN, PlannedComponent, bytes_to_fetch, planned_components
+from tasks.datasets import check_sources
 from tasks.pipeline import label, matching, run_steps
 from tasks.steps import Step
-from tasks.vocabulary_file import inspect_vocabulary
+from tasks.vocabulary_file import not_exportable, vocabulary_size
 
 # What a float32 training step of a small model reached on one core of a recent x86 server. Only the order of magnitude is
 # meant: the progress bar knows better after two steps.
@@ -53,6 +54,8 @@ class Plan:
     batch: BatchArithmetic | None  # None: how many devices there are is known only where the training runs
     seconds: float | None  # training time, where the devices are this machine's cores
     checkpoint_bytes: int
+    components: tuple[PlannedComponent, ...]
+    fetch_bytes: int  # source files to copy or download
 
     @property
     def forced(self) -> frozenset[str]:
@@ -79,7 +82,8 @@ def plan_run(config: RunConfig, root: str | Path, *, only: str | None = None, fo
         ValueError: something about the configuration, the sources or the place to write cannot work; says what to change.
     """
     check_run(config, Path(root))
-    steps = run_steps(config).all
+    run = run_steps(config)
+    steps = run.all
     wanted = steps if only is None else _with_inputs(matching(steps, only, "--only"))
     forced = {step.fingerprint for pattern in force for step in matching(steps, pattern, "--force")}
     # What lies inside a directory that is emptied is made again too.
@@ -90,6 +94,8 @@ def plan_run(config: RunConfig, root: str | Path, *, only: str | None = None, fo
     tokens_per_step = config.train.train_batch_size * config.seq_len
     total_flops = train_flops_per_token(model, config.seq_len) * tokens_per_step * config.train.num_train_steps
     devices = None if config.train.accelerator_type else local_device_count()
+    fetch_bytes = bytes_to_fetch(run.data, Path(root))
+    _check_space(config, Path(root), checkpoint_bytes(config, model), fetch_bytes)
     return Plan(
         config=config,
         root=Path(root),
@@ -101,6 +107,8 @@ def plan_run(config: RunConfig, root: str | Path, *, only: str | None = None, fo
         batch=None if devices is None else BatchArithmetic.of(config.train, devices),
         seconds=None if devices is None else total_flops / (CPU_FLOPS_PER_CORE * usable_cores()),
         checkpoint_bytes=checkpoint_bytes(config, model),
+        components=planned_components(config, run.data, Path(root)),
+        fetch_bytes=fetch_bytes,
     )
 
 
@@ -111,19 +119,30 @@ def check_run(config: RunConfig, root: Path) -> None:
         ValueError, OSError: naming the field or place, its value, and what to do.
     """
     check_sources(config.data)
+    if (why := not_exportable(config.data.tokenizer)) is not None:
+        raise ValueError(f"the model could not be exported: {why}")
     check_trackers(config.track)
     model = config.model.with_vocab(vocabulary_size(config.data.tokenizer))
     check_tensor_split(model, config.train.tensor_parallel_size)
     if config.train.accelerator_type is None and (devices := local_device_count()) is not None:
         BatchArithmetic.of(config.train, devices)
-    # Of the root itself or, before it is there, of the place it will be made in: a plan leaves nothing behind.
-    place = next(path for path in (root, *root.parents) if path.exists())
-    check_writable(place)
-    needed, free = checkpoint_bytes(config, model), shutil.disk_usage(place).free
+    check_writable(_existing_place(root))
+
+
+def _existing_place(root: Path) -> Path:
+    """The root itself or, before it is there, the place it will be made in: a plan leaves nothing behind."""
+    return next(path for path in (root, *root.parents) if path.exists())
+
+
+def _check_space(config: RunConfig, root: Path, checkpoints: int, fetch: int) -> None:
+    """Raises ValueError where the disk has less room than the run needs: checkpoints, source files, and tokens of two bytes or more."""
+    id_bytes = 2 if vocabulary_size(config.data.tokenizer) <= 1 << 16 else 4
+    tokens = int(fetch / BYTES_PER_TOKEN * id_bytes)
+    needed, free = checkpoints + fetch + tokens, shutil.disk_usage(_existing_place(root)).free
     if free < needed:
         raise ValueError(
-            f"--root={root} has {free:,} bytes free, the checkpoints of this run need {needed:,}: free some space, "
-            "choose another --root, or lower train.max_checkpoints"
+            f"--root={root} has {free:,} bytes free, this run needs about {needed:,}: {checkpoints:,} for checkpoints, {fetch:,} for "
+            f"source files, {tokens:,} for tokens; free some space, choose another --root, or lower train.max_checkpoints"
         )
 
 
@@ -134,15 +153,6 @@ def refuse_other_accelerators(config: RunConfig) -> None:
             f"train.accelerator_type={config.train.accelerator_type!r} can be planned (--plan) but not run: training runs on this "
             "machine's devices; leave it unset"
         )
-
-
-def vocabulary_size(tokenizer: Tokenizer) -> int:
-    """Ids of the tokenizer: those it will be trained to have, or those in its file.
-
-    Raises:
-        ValueError: the file is no usable vocabulary.
-    """
-    return inspect_vocabulary(tokenizer.path).vocab_size if isinstance(tokenizer, SentencePieceFile) else tokenizer.vocab_size
 
 
 def checkpoint_bytes(config: RunConfig, model: LlamaConfig) -> int:
@@ -209,12 +219,26 @@ def plan_lines(plan: Plan) -> list[str]:
         f"mlp {model.intermediate_dim}, {model.num_heads} heads, {model.num_kv_heads} kv heads, vocabulary {model.vocab_size}",
         f"tokens: {number(total)} = {train.num_train_steps} steps x {number(plan.tokens_per_step)} "
         f"({train.train_batch_size} sequences of {plan.config.seq_len})",
+        *([f"fetch: {size(plan.fetch_bytes)} of source files"] if plan.fetch_bytes else []),
         f"compute: {flops(plan.total_flops)} of model work, causal attention at half",
         f"batch: {batch}",
         f"mesh: {mesh}, {train.compute_dtype} arithmetic, float32 weights",
         f"time: about {duration(plan.seconds)} of training on this machine" if plan.seconds else "time: depends on the accelerator",
         f"disk: up to {size(plan.checkpoint_bytes)} of checkpoints below {plan.root}",
     ]
+
+
+def component_rows(plan: Plan) -> list[tuple[str, str, str, str]]:
+    """`(dataset, share of the run, tokens read, epochs of it)` of every dataset that is trained on, for a table."""
+    from tasks.formatting import number
+
+    total = sum(component.tokens for component in plan.components) or 1.0
+    rows: list[tuple[str, str, str, str]] = []
+    for component in plan.components:
+        about = "" if component.measured else "about "
+        epochs = "not known yet" if component.epochs is None else f"{about}{component.epochs:.3g} of {number(component.available or 0)}"
+        rows.append((component.name, f"{100 * component.tokens / total:.4g} %", number(component.tokens), epochs))
+    return rows
 
 
 def plan_rows(plan: Plan) -> list[tuple[str, str, str]]:

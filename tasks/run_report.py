@@ -12,7 +12,7 @@ from prefect.context import FlowRunContext, get_run_context
 from prefect.logging import get_run_logger
 
 from tasks.artifacts import Artifact
-from tasks.planning import Plan, plan_lines, plan_rows
+from tasks.planning import Plan, component_rows, plan_lines, plan_rows
 from tasks.summary import RunSummary
 
 
@@ -23,7 +23,9 @@ def publish_plan(plan: Plan) -> None:
     rows = "\n".join(f"| {name} | {action} | {why} |" for name, action, why in plan_rows(plan))
     numbers = "\n".join(f"- {line}" for line in plan_lines(plan))
     _keep(lambda: _tag_flow_run(["train-llama", f"run:{plan.config.name}", *plan.config.tags]))
-    _keep(lambda: create_markdown_artifact(f"{numbers}\n\n| step | action | why |\n|---|---|---|\n{rows}", key="plan", description="Plan"))
+    data = "\n".join("| " + " | ".join(row) + " |" for row in component_rows(plan))
+    tables = f"| dataset | share | tokens | epochs |\n|---|---|---|---|\n{data}\n\n| step | action | why |\n|---|---|---|\n{rows}"
+    _keep(lambda: create_markdown_artifact(f"{numbers}\n\n{tables}", key="plan", description="Plan"))
 
 
 def publish_summary(plan: Plan, artifacts: list[Artifact]) -> None:

@@ -21,6 +21,7 @@ class RunSummary:
     final: dict[str, float]
     samples: list[dict[str, Any]]
     unigram_entropy: float | None
+    components: dict[str, dict[str, float]]
 
     @classmethod
     def of(cls, artifacts: list[Artifact]) -> RunSummary | None:
@@ -37,6 +38,7 @@ class RunSummary:
             final=manifest.stats["final"],
             samples=manifest.stats["samples"],
             unigram_entropy=None if mixture is None else mixture.stats.get("unigram_entropy"),
+            components=manifest.stats.get("components") or {},
         )
 
     def rows(self) -> list[dict[str, Any]]:
@@ -74,10 +76,12 @@ class RunSummary:
     def markdown(self) -> str:
         """The summary for the Prefect UI."""
         held_out = "\n".join(f"| {name} | {_four(loss)} | {_four(bpb)} |" for name, loss, bpb in self.held_out())
+        read = "\n".join(f"| {name} | {part['tokens']:,.0f} | {part['epochs']:.3g} |" for name, part in self.components.items())
         places = "\n".join(f"- {what}: `{path}`" for what, path in self.places())
         samples = "\n\n".join(f"> {sample['text']}".replace("\n", "\n> ") for sample in self.samples)
         return (
             f"# {self.name}\n\n{self.headline()}\n\n| held-out | nats per token | bits per byte |\n|---|---|---|\n{held_out}\n\n"
+            f"| trained on | tokens | epochs |\n|---|---|---|\n{read}\n\n"
             f"## Samples\n\n{samples}\n\n## Where everything lies\n\n{places}\n"
         )
 

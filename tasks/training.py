@@ -128,6 +128,7 @@ def training_stats(directory: Path, report: TrainingReport) -> dict[str, Any]:
         "final": final,
         "samples": read_samples(directory / "samples.jsonl"),
         "num_parameters": report.started.get("num_parameters"),
+        "components": report.started.get("planned", {}),
     }
 
 

@@ -1,8 +1,9 @@
-"""The tokenizer step: trains a SentencePiece vocabulary on the training documents, or takes one that exists."""
+"""The tokenizer step: trains a vocabulary on the training documents, or takes one that exists."""
 
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -11,70 +12,94 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
-
-from model.durable import remove_temporaries, sha256_of, write_durably
+from model.byte_pairs import BytePairs, byte_pairs_of, tokenizer_json
+from model.durable import remove_temporaries, write_durably
+from model.huggingface_vocabulary import CONFIG_FILE, HuggingFaceVocabulary
+from model.sentencepiece_vocabulary import SentencePieceVocabulary
+from model.vocabulary import FILES, Vocabulary
 from tasks.artifacts import Artifact
 from tasks.caching import step_task
 from tasks.data_steps import RawFiles, VocabularyFile, VocabularyTraining
-from tasks.datasets import Reading, SentencePieceTraining
 from tasks.download import naming_originals, raw_files
-from tasks.sources import DataError
+from tasks.mixture_config import Reading
+from tasks.readers.text_reader import read_documents, split_of
+from tasks.sources.local_files import is_local
+from tasks.sources.source_file import DataError, public_location
 from tasks.steps import Step
-from tasks.text_reader import read_documents, split_of
-from tasks.vocabulary_file import inspect_vocabulary
+from tasks.vocabularies import BytePairTraining, ByteTokenizer, HuggingFaceFile, SentencePieceTraining, TokenizerFile
+from tasks.vocabulary_file import open_tokenizer
 
-MODEL = "tokenizer.model"
-VOCABULARY = "tokenizer.vocab"
+MODEL = FILES["sentencepiece"]
+LISTING = "tokenizer.vocab"
+# Llama 3's, with their ids after all others
+BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 
 # SentencePiece leaves out longer training sentences in silence, so documents are handed over in pieces below it.
 _SENTENCE_CHARACTERS = 1 << 16
 
 
 def train_vocabulary_body(step: Step, directory: Path, inputs: tuple[Artifact, ...]) -> dict[str, Any]:
-    """Writes `tokenizer.model` and, for people, `tokenizer.vocab`. Equal inputs give equal bytes.
+    """Makes a tokenizer directory: the tokenizer's file, vocabulary.json and, for people, tokenizer.vocab.
 
-    Raises DataError where the text is too little for the vocabulary, or the file is not the planned one.
+    Equal inputs give equal bytes. Raises DataError where the text is too little for the vocabulary, or the file is not the
+    planned one.
     """
     config = step.config
     remove_temporaries(directory)
     if isinstance(config, VocabularyFile):
-        model = _existing(config)
+        vocabulary = _existing(config, directory)
     else:
         assert isinstance(config, VocabularyTraining)
-        sources: list[tuple[list[Path], Reading]] = []
+        vocabulary = _trained(config, step, directory, inputs)
+    names = vocabulary.names()
+    if names:
+        write_durably(directory / LISTING, "".join(f"{_visible(name)}\t{number}\n" for number, name in enumerate(names)).encode())
+    vocabulary.write(directory)
+    return {"vocab_size": vocabulary.vocab_size, "bos_id": vocabulary.bos_id, "eos_id": vocabulary.eos_id, "digest": vocabulary.digest}
+
+
+def _trained(config: VocabularyTraining, step: Step, directory: Path, inputs: tuple[Artifact, ...]) -> Vocabulary:
+    sources: list[tuple[list[Path], Reading]] = []
+    with ExitStack() as stack:
         for raw, upstream, reading in zip(inputs, step.upstream, config.readings, strict=True):
             assert isinstance(upstream.config, RawFiles)
-            sources.append((raw_files(Path(raw.path), upstream.config), reading))
-        with ExitStack() as stack:
-            for (files, _), upstream in zip(sources, step.upstream, strict=True):
-                assert isinstance(upstream.config, RawFiles)
-                stack.enter_context(naming_originals(files, upstream.config))
-            sentences = training_sentences(sources, config.training.max_training_bytes)
-            if (first := next(sentences, None)) is None:
-                raise DataError(f"mixture {step.name!r}: its files hold no training document, only empty or held-out ones; add text")
-            model = train_sentencepiece(config.training, chain([first], sentences))
-    write_durably(directory / MODEL, model)
-    info = inspect_vocabulary(directory / MODEL)
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    lines = [f"{_visible(processor.id_to_piece(number))}\t{processor.get_score(number):g}" for number in range(info.vocab_size)]
-    write_durably(directory / VOCABULARY, ("\n".join(lines) + "\n").encode())
-    return {"vocab_size": info.vocab_size, "bos_id": info.bos_id, "eos_id": info.eos_id, "sha256": info.sha256}
+            files = raw_files(Path(raw.path), upstream.config)
+            sources.append((files, reading))
+            stack.enter_context(naming_originals(files, upstream.config))
+        sentences = training_sentences(sources, config.training.max_training_bytes)
+        if (first := next(sentences, None)) is None:
+            raise DataError(f"mixture {step.name!r}: its files hold no training document, only empty or held-out ones; add text")
+        text = chain([first], sentences)
+        if isinstance(config.training, SentencePieceTraining):
+            path = directory / FILES["sentencepiece"]
+            write_durably(path, train_sentencepiece(config.training, text))
+            return SentencePieceVocabulary.from_file(path)
+        path = directory / FILES["huggingface"]
+        write_durably(path, train_byte_pairs(config.training, text))
+        return HuggingFaceVocabulary.from_file(path, bos_token=BOS, eos_token=EOS)
 
 
 def training_sentences(sources: list[tuple[list[Path], Reading]], max_bytes: int) -> Iterator[str]:
-    """Training documents of each source in order, in pieces, up to an equal part of `max_bytes` from each."""
+    """Training documents of each source in order, in pieces, up to an equal part of `max_bytes` from each.
+
+    Of questions and answers, what is said, without the JSON around it.
+    """
     for files, reading in sources:
         left = max_bytes // len(sources)
-        for text in (text for path in files for text in read_documents(path, reading, Counter())):
-            if split_of(text, reading.holdout) != "train":
+        for document in (document for path in files for document in read_documents(path, reading, Counter())):
+            if split_of(document, reading.holdout) != "train":
                 continue
-            left -= len(text.encode())
-            # the training refuses U+0000; the vocabulary spells it in bytes like any character it does not have
-            for piece in text.split("\0"):
-                yield from (piece[start : start + _SENTENCE_CHARACTERS] for start in range(0, len(piece), _SENTENCE_CHARACTERS))
+            for text in [document] if reading.answers is None else _said(document):
+                left -= len(text.encode())
+                yield from (text[start : start + _SENTENCE_CHARACTERS] for start in range(0, len(text), _SENTENCE_CHARACTERS))
             if left <= 0:
                 break
+
+
+def _said(document: str) -> list[str]:
+    """The texts of a conversation, or of a prompt and its completion."""
+    value = json.loads(document)
+    return [value["prompt"], value["completion"]] if isinstance(value, dict) else [message["content"] for message in value]
 
 
 def train_sentencepiece(training: SentencePieceTraining, sentences: Iterator[str]) -> bytes:
@@ -82,6 +107,8 @@ def train_sentencepiece(training: SentencePieceTraining, sentences: Iterator[str
 
     Raises DataError naming vocab_size where the text has not enough different pieces for it.
     """
+    import sentencepiece
+
     writer = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -112,6 +139,36 @@ def train_sentencepiece(training: SentencePieceTraining, sentences: Iterator[str
     return writer.getvalue()
 
 
+def train_byte_pairs(training: BytePairTraining, sentences: Iterator[str]) -> bytes:
+    """A tokenizer.json laid out as Llama 3's: the 256 bytes, then what they are joined to in that order, then BOS and EOS.
+
+    The library's counts are whole numbers and its ties are broken by id, so that any number of threads trains the same.
+    Raises DataError naming vocab_size where the text has not enough pairs for it, or pattern where that is none.
+    """
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+    try:
+        split = pre_tokenizers.Split(Regex(training.pattern), "isolated")
+    except Exception as error:  # the library raises Exception itself
+        raise DataError(f"tokenizer.pattern={training.pattern!r} is not a regular expression ({error}); correct it") from None
+    tokenizer = Tokenizer(models.BPE())
+    bytes_step = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_step])
+    special = {BOS: training.vocab_size - 2, EOS: training.vocab_size - 1}
+    trainer = trainers.BpeTrainer(
+        vocab_size=training.vocab_size - len(special), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(sentences, trainer)
+    pairs = byte_pairs_of(json.loads(tokenizer.to_str()))
+    assert pairs is not None
+    if (found := len(pairs.ranks) + len(special)) < training.vocab_size:
+        raise DataError(
+            f"tokenizer.vocab_size={training.vocab_size} cannot be trained on this text: set it to {found} or less, or add text"
+        )
+    content = tokenizer_json(BytePairs(pairs.ranks, training.pattern), special, bos=BOS)
+    return json.dumps(content, ensure_ascii=False, indent=1).encode() + b"\n"
+
+
 def _remedy(message: str) -> str:
     if most := re.search(r"Please set it to a value <= (\d+)", message):
         return f"set it to {most.group(1)} or less, or add text"
@@ -120,18 +177,42 @@ def _remedy(message: str) -> str:
     return "lower it, or add text"
 
 
-def _existing(config: VocabularyFile) -> bytes:
-    path = Path(config.path).expanduser()
-    inspect_vocabulary(path)
-    if (found := sha256_of(path)) != config.sha256:
-        raise DataError(
-            f"tokenizer path={config.path!r} changed since the run was planned ({config.sha256[:16]}, now {found[:16]}); run again"
-        )
-    return path.read_bytes()
+def _existing(config: VocabularyFile, directory: Path) -> Vocabulary:
+    tokenizer = config.tokenizer
+    if isinstance(tokenizer, ByteTokenizer):
+        return Vocabulary.open_bytes()
+    if is_local(tokenizer.path):
+        vocabulary = open_tokenizer(tokenizer)
+        if config.digest is not None and vocabulary.digest != config.digest:
+            raise DataError(
+                f"tokenizer path={tokenizer.path!r} changed since the run was planned ({config.digest[:16]}, now "
+                f"{vocabulary.digest[:16]}); run again"
+            )
+        return vocabulary
+    return open_tokenizer(tokenizer, _fetched(tokenizer, directory))
 
 
-def _visible(piece: str) -> str:
-    return piece.encode("unicode_escape").decode() if not piece.isprintable() else piece
+def _fetched(tokenizer: TokenizerFile, directory: Path) -> Path:
+    """The file at a URL and, where it may name BOS and EOS, the tokenizer_config.json beside it."""
+    from tasks.sources.transfer import fetch_file
+
+    path = directory / FILES[tokenizer.kind]
+    fetch_file(tokenizer.path, path, sha256=tokenizer.sha256)
+    if isinstance(tokenizer, HuggingFaceFile) and (tokenizer.bos_token is None or tokenizer.eos_token is None):
+        location, mark, query = tokenizer.path.partition("?")
+        beside = f"{location.rpartition('/')[0]}/{CONFIG_FILE}{mark}{query}"
+        try:
+            fetch_file(beside, directory / CONFIG_FILE, sha256=None)
+        except DataError as error:
+            raise DataError(
+                f"tokenizer path={public_location(tokenizer.path)!r}: {CONFIG_FILE} beside it, which says what BOS and EOS are, "
+                f"cannot be had ({error}); set both tokenizer.bos_token and tokenizer.eos_token, or download the file and give its path"
+            ) from None
+    return path
+
+
+def _visible(name: str) -> str:
+    return name.encode("unicode_escape").decode() if not name.isprintable() else name
 
 
 train_vocabulary = step_task(description="Train or take the vocabulary")(train_vocabulary_body)

@@ -1,52 +1,144 @@
-"""Looks into SentencePiece model files: does it load, how many ids, which are BOS and EOS."""
+"""Looks into tokenizers at plan time: do they load, how many ids have they, which are BOS and EOS. Downloads nothing."""
 
 from __future__ import annotations
 
-import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from tasks.sources import DataError
+from model.vocabulary import Vocabulary
+from tasks.sources.local_files import is_local, local_path
+from tasks.sources.source_file import DataError, public_location
+from tasks.vocabularies import (
+    BytePairTraining,
+    ByteTokenizer,
+    HuggingFaceFile,
+    SentencePieceFile,
+    SentencePieceTraining,
+    TiktokenFile,
+    Tokenizer,
+    TokenizerFile,
+)
+
+# hf://org/name@revision/file and the like: what is pinned needs no digest
+_PINNED = re.compile(r"hf://[^@]+@[^/]+/", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class VocabularyInfo:
-    """What the rest of a run needs to know of a SentencePiece model."""
+    """What a plan needs to know of a tokenizer. Of one that is still at its URL, only vocab_size is known."""
 
-    sha256: str
+    digest: str | None
     vocab_size: int
-    bos_id: int
-    eos_id: int
-    unk_id: int
-    pad_id: int
+    bos_id: int | None
+    eos_id: int | None
+    unk_id: int | None
+    pad_id: int | None
 
 
-def inspect_vocabulary(path: str | Path) -> VocabularyInfo:
-    """Loads the model at `path`. Raises DataError where it cannot be read, is no SentencePiece model, or lacks BOS or EOS."""
-    # only runs that name a model file load the library
-    from sentencepiece import SentencePieceProcessor
+def inspect_tokenizer(tokenizer: TokenizerFile | ByteTokenizer) -> VocabularyInfo:
+    """Looks into a tokenizer on this machine; of one at a URL it takes what is declared.
 
-    file = Path(path).expanduser()
-    try:
-        data = file.read_bytes()
-        if not data:
-            raise DataError(f"tokenizer path={str(path)!r} has no bytes; give a SentencePiece .model file")
-    except OSError as error:
-        raise DataError(f"tokenizer path={str(path)!r} cannot be read ({error.strerror}); give a SentencePiece .model file") from None
-    try:
-        processor = SentencePieceProcessor(model_proto=data)
-        size = processor.get_piece_size()
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise DataError(f"tokenizer path={str(path)!r} is not a SentencePiece model ({str(error)[:120]}); give a .model file") from None
-    info = VocabularyInfo(
-        sha256=hashlib.sha256(data).hexdigest(),
-        vocab_size=size,
-        bos_id=processor.bos_id(),
-        eos_id=processor.eos_id(),
-        unk_id=processor.unk_id(),
-        pad_id=processor.pad_id(),
+    Raises DataError where it cannot be read, is no tokenizer of its kind, lacks EOS or is not the declared one, or where
+    the configuration of one at a URL does not say enough.
+    """
+    if not isinstance(tokenizer, ByteTokenizer) and not is_local(tokenizer.path):
+        return _declared(tokenizer)
+    vocabulary = open_tokenizer(tokenizer)
+    return VocabularyInfo(
+        digest=vocabulary.digest,
+        vocab_size=vocabulary.vocab_size,
+        bos_id=vocabulary.bos_id,
+        eos_id=vocabulary.eos_id,
+        unk_id=vocabulary.unk_id,
+        pad_id=vocabulary.pad_id,
     )
-    for name, value in (("BOS", info.bos_id), ("EOS", info.eos_id)):
-        if value < 0:
-            raise DataError(f"tokenizer path={str(path)!r} defines no {name}; train it with both bos_id and eos_id 0 or above")
-    return info
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """How many ids a tokenizer has or, where it is to be trained, will have. Raises DataError as inspect_tokenizer does."""
+    if isinstance(tokenizer, SentencePieceTraining | BytePairTraining):
+        return tokenizer.vocab_size
+    return inspect_tokenizer(tokenizer).vocab_size
+
+
+def open_tokenizer(tokenizer: TokenizerFile | ByteTokenizer, path: Path | None = None) -> Vocabulary:
+    """The vocabulary of a configured tokenizer; `path` is where its file is, if not where the configuration says.
+
+    Raises DataError as inspect_tokenizer does.
+    """
+    if isinstance(tokenizer, ByteTokenizer):
+        return Vocabulary.open_bytes()
+    file = local_path(tokenizer.path) if path is None else path
+    try:
+        vocabulary = _open(tokenizer, file)
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(str(error)) from None
+    found = vocabulary.record.file_sha256
+    if tokenizer.sha256 is not None and found != tokenizer.sha256:
+        raise DataError(f"tokenizer path={_shown(tokenizer)!r} has sha256 {found}, not the declared {tokenizer.sha256}; correct either")
+    if tokenizer.vocab_size is not None and vocabulary.vocab_size != tokenizer.vocab_size:
+        raise DataError(
+            f"tokenizer path={_shown(tokenizer)!r} has {vocabulary.vocab_size} ids, not vocab_size={tokenizer.vocab_size}; "
+            "correct vocab_size"
+        )
+    return vocabulary
+
+
+def not_exportable(tokenizer: Tokenizer) -> str | None:
+    """Why a model with this tokenizer cannot be exported for transformers, or None where it can or that is not known yet."""
+    if not isinstance(tokenizer, SentencePieceFile) or not is_local(tokenizer.path):
+        return None
+    from model.hf_tokenizer import exportable
+
+    return exportable(open_tokenizer(tokenizer))
+
+
+def _open(tokenizer: TokenizerFile, file: Path) -> Vocabulary:
+    # the libraries of the other kinds are not loaded
+    if isinstance(tokenizer, SentencePieceFile):
+        from model.sentencepiece_vocabulary import SentencePieceVocabulary
+
+        vocabulary = SentencePieceVocabulary.from_file(file)
+        if vocabulary.bos_id is None:
+            raise DataError(f"tokenizer path={_shown(tokenizer)!r} defines no BOS; train it with both bos_id and eos_id 0 or above")
+        return vocabulary
+    if isinstance(tokenizer, HuggingFaceFile):
+        from model.huggingface_vocabulary import HuggingFaceVocabulary
+
+        return HuggingFaceVocabulary.from_file(file, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+    from model.tiktoken_vocabulary import TiktokenVocabulary
+
+    return TiktokenVocabulary.from_file(
+        file,
+        pattern=tokenizer.pattern,
+        special_tokens=tokenizer.special_tokens,
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+    )
+
+
+def _declared(tokenizer: TokenizerFile) -> VocabularyInfo:
+    if tokenizer.vocab_size is None:
+        raise DataError(
+            f"tokenizer path={_shown(tokenizer)!r} is a URL and vocab_size is not set: a plan downloads nothing, so set it to the "
+            "number of ids, special ones too"
+        )
+    if tokenizer.sha256 is None and not _PINNED.match(tokenizer.path):
+        raise DataError(
+            f"tokenizer path={_shown(tokenizer)!r} can change: set sha256 to the digest of the file, or give "
+            "hf://organization/name@revision/file"
+        )
+    ids: dict[str, int] = {}
+    if isinstance(tokenizer, TiktokenFile):
+        first = tokenizer.vocab_size - len(tokenizer.special_tokens)
+        ids = {token: first + index for index, token in enumerate(tokenizer.special_tokens)}
+        bos = tokenizer.bos_token
+        return VocabularyInfo(None, tokenizer.vocab_size, None if bos is None else ids[bos], ids[tokenizer.eos_token], None, None)
+    return VocabularyInfo(None, tokenizer.vocab_size, None, None, None, None)
+
+
+def _shown(tokenizer: TokenizerFile) -> str:
+    return public_location(tokenizer.path)

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.measure import compare
+from benchmarks import corpus
+from benchmarks.adversarial import adversarial_strings
+from benchmarks.measure import bar, compare, process_tree
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+NAMES = ("tokenization", "encoders", "input_path", "train_step")
 SPREAD = {"min", "median", "max"}
 
 
@@ -34,10 +37,67 @@ def test_compare_takes_medians_and_their_ratio() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("bound", "met"), [({"at_least": 10}, True), ({"at_least": 11}, False), ({"at_most": 10}, True), ({"at_most": 9}, False)]
+)
+def test_a_bar_says_what_it_holds_a_number_against(bound: dict[str, float], met: bool) -> None:
+    assert bar("times", 10.0, **bound) == {"what": "times", "value": 10.0, **bound, "met": met}
+
+
+def test_process_tree_counts_what_children_of_children_use() -> None:
+    burn = "sum(range(10_000_000))"
+    nested = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {burn!r}], check=True)"
+    alone, tree = (process_tree([sys.executable, "-c", program]) for program in ("pass", nested))
+    assert tree["cpu_s"] > alone["cpu_s"] > 0
+    assert tree["peak_rss_mib"] > 1
+    with pytest.raises(RuntimeError, match="ended with 3"):
+        process_tree([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_adversarial_strings_are_text_and_always_the_same() -> None:
+    strings = adversarial_strings(2000)
+    assert len(strings) == 2000
+    assert strings[:100] == adversarial_strings(100)
+    assert "" in strings
+    joined = "".join(strings)
+    joined.encode()  # raises for what is no text
+    for wanted in ("<|end_of_text|>", "</s>", "\x00", "\r\n", "\U0001f468\u200d", " " * 70):
+        assert wanted in joined
+    assert len(set(joined)) > 1000
+
+
+def test_packaged_corpus_has_every_word_of_the_packaged_text(tmp_path: Path) -> None:
+    made = corpus.packaged_corpus(tmp_path)
+    (files,) = made.files.values()
+    texts = [json.loads(line)["text"] for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    assert len(texts) == made.documents > 500
+    assert sum(len(text.encode()) for text in texts) == made.text_bytes
+    packaged = sorted((CHECKOUT / "tasks" / "corpus" / "shakespeare").rglob("*.txt"))
+    words = sorted(word for path in packaged for word in path.read_text(encoding="utf-8").split())
+    assert sorted(word for text in texts for word in text.split()) == words
+    assert corpus.packaged_corpus(tmp_path) == made
+
+
+def test_what_cannot_be_had_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(corpus, "_COMPONENTS", {name: corpus._COMPONENTS[name] for name in ("gcide", "kernel")})  # pyright: ignore[reportPrivateUsage]
+    with pytest.raises(corpus.Missing, match=r"gcide: dict-gcide needs apt-get.*kernel: linux-doc-6\.1 needs apt-get"):
+        corpus.corpus()
+    with pytest.raises(corpus.Missing, match="needs npm"):
+        corpus.llama3_tokenizer()
+    assert not list((tmp_path / "prefect-llama").rglob("index.json"))
+
+    monkeypatch.setattr(corpus, "_COMPONENTS", {"gcide": corpus._COMPONENTS["gcide"], "own": (lambda: iter(["a text"]), 1)})  # pyright: ignore[reportPrivateUsage]
+    made = corpus.corpus()
+    assert (made.documents, made.text_bytes, list(made.missing)) == (1, 6, ["gcide"])
+    assert "apt-get" in made.notes()["without gcide"]
+
+
 def test_wrong_requests_are_refused() -> None:
     unknown = run("inputpath")
     assert unknown.returncode == 2
-    assert "no benchmark inputpath; there are input_path, train_step" in unknown.stderr
+    assert f"no benchmark inputpath; there are {', '.join(NAMES)}" in unknown.stderr
     assert "--rounds=0" in run("--rounds", "0").stderr
 
 
@@ -49,12 +109,15 @@ def test_quick_run_has_all_fields(tmp_path: Path) -> None:
     assert {"date", "command", "machine", "load_average", "versions", "benchmarks"} == report.keys()
     assert report["machine"]["cores"] >= 1
     assert {"before", "after"} == report["load_average"].keys()
-    assert {"input_path", "train_step"} == report["benchmarks"].keys()
+    assert set(NAMES) == report["benchmarks"].keys()
     assert report["versions"]["seqio"] in done.stdout
 
     results = report["benchmarks"]
     if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
         assert "make oracle" in results.pop("train_step")["skipped"]
+    if "skipped" in results["tokenization"]:
+        assert "Beam's environment is not made" in results.pop("tokenization")["skipped"]
+    assert not any(result.get("bars") for result in results.values())  # small cases are held against nothing
     for name, result in results.items():
         for case in result["cases"]:
             assert {"cpu_s", "wall_s", "peak_rss_mib"} < case["metrics"].keys(), name

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from tasks import sources
 from tasks.data_steps import RawFiles, mixture_steps
 from tasks.datasets import DataError, Dataset, Mixture, SentencePieceFile, SentencePieceTraining, check_sources, shakespeare_mixture
-from tasks.sources import check_file_name, describe_files, find_files
+from tasks.vocabulary_file import vocabulary_size
 
 
 def corpus(directory: Path) -> Path:
@@ -45,14 +44,6 @@ def test_the_packaged_mixture_is_whole_and_makes_six_steps() -> None:
     assert steps.tokenizer.upstream == steps.downloads
     assert [step.upstream for step in steps.tokens] == [(download, steps.tokenizer) for download in steps.downloads]
     assert steps.mixture.upstream == (steps.tokenizer, *steps.tokens, *steps.downloads)
-
-
-def test_files_are_named_below_the_globs_fixed_part_and_ordered(tmp_path: Path) -> None:
-    base = corpus(tmp_path / "x")
-    assert list(find_files("web", [str(base / "**" / "*.txt")])) == ["a.txt", "b.txt", "sub/c.txt"]
-    assert list(find_files("web", [str(base / "b.txt")])) == ["b.txt"]
-    assert list(find_files("web", [f"file://{base}/*.txt"])) == ["a.txt", "b.txt"]
-    assert list(find_files("web", [str(base / "b.txt"), str(base / "*.txt")])) == ["000/b.txt", "001/a.txt", "001/b.txt"]
 
 
 def test_identity_is_content_not_place(tmp_path: Path) -> None:
@@ -96,7 +87,7 @@ def test_a_tokenizer_file_is_identified_by_content_and_a_dataset_then_stands_alo
         (tmp_path / name).write_bytes(small_vocabulary())
     first = mixture(str(base / "*.txt"), tokenizer=SentencePieceFile(path=str(tmp_path / "one.model")))
     check_sources(first)
-    assert first.tokenizer.size() == 400
+    assert vocabulary_size(first.tokenizer) == 400
     assert fingerprints(first) == fingerprints(first.model_copy(update={"tokenizer": SentencePieceFile(path=str(tmp_path / "two.model"))}))
     steps = mixture_steps(first)
     assert steps.tokenizer.upstream == ()
@@ -108,7 +99,7 @@ def test_a_tokenizer_file_is_identified_by_content_and_a_dataset_then_stands_alo
         check_sources(first)
     (tmp_path / "one.model").unlink()
     with pytest.raises(DataError, match=r"one\.model' cannot be read \(No such file"):
-        first.tokenizer.size()
+        vocabulary_size(first.tokenizer)
 
 
 def test_sources_that_cannot_work_are_refused_with_a_remedy(tmp_path: Path) -> None:
@@ -119,7 +110,6 @@ def test_sources_that_cannot_work_are_refused_with_a_remedy(tmp_path: Path) -> N
         str(base / "*.json"): r"matches no file below .*/x; correct the pattern",
         str(tmp_path / "y" / "*.txt"): r"there is no directory .*/y; correct the path",
         str(base): r"is a directory; write a glob for its files, such as .*/x/\*\.txt",
-        "gs://bucket/*.txt": "is not local; download it and give its path",
         "file://elsewhere/x.txt": "names the host 'elsewhere'",
         "package:../secret": "must be a glob below the packaged texts",
         str(base / "empty" / "*"): r"its 1 source file\(s\) are all empty, .*e\.txt",
@@ -132,31 +122,6 @@ def test_sources_that_cannot_work_are_refused_with_a_remedy(tmp_path: Path) -> N
     with pytest.raises(DataError, match="is no regular file"):
         check_sources(mixture(str(base / "pipe.txt")))
     check_sources(mixture(str(base / "*.txt")))
-
-
-@pytest.mark.parametrize("name", ["", "..", "a/../b", "/a", "a\\b", "a\nb", "con:x", "a./b", "x" * 1001])
-def test_file_names_that_leave_their_directory_are_refused(name: str) -> None:
-    with pytest.raises(DataError, match="cannot be used below a directory of ours"):
-        check_file_name(name)
-
-
-def test_digests_of_large_files_are_remembered_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(sources, "MEMO_BYTES", 1)
-    monkeypatch.setattr(sources, "_SETTLED_SECONDS", -1)
-    read: list[Path] = []
-    real = sources.sha256_of
-    monkeypatch.setattr(sources, "sha256_of", lambda path: read.append(path) or real(path))
-    files = {"a.txt": corpus(tmp_path) / "a.txt"}
-    first = describe_files("web", files)
-    assert describe_files("web", files) == first
-    assert len(read) == 1
-    status = files["a.txt"].stat()
-    files["a.txt"].write_text("other text\n", encoding="utf-8")
-    os.utime(files["a.txt"], ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert describe_files("web", files) != first
-    (tmp_path / "cache" / "prefect-llama" / "source-digests.json").write_text("{", encoding="utf-8")
-    assert describe_files("web", files)[0].sha256 == real(files["a.txt"])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The tokenizer files: contents, refusals, and (with the `tokenizers` library) the same ids as SentencePiece."""
+"""The tokenizer files: contents, refusals, and the same ids in the `tokenizers` library and in transformers."""
 
 import io
 import json
@@ -9,12 +9,15 @@ from typing import Any
 import jax
 import pytest
 import sentencepiece
+import tokenizers
 
 from model.config import LlamaConfig
 from model.hf import save_hf
 from model.hf_config import SpecialIds
-from model.hf_tokenizer import HfTokenizer
+from model.hf_tokenizer import HfTokenizer, exportable
 from model.parameters import init_params
+from model.vocabulary import Vocabulary
+from tests.synthetic_vocabulary import small_byte_pairs, small_tiktoken, small_vocabulary
 
 SENTENCE = "the quick brown fox jumps over a lazy dog while seventeen zebras quietly examine my broken typewriter and hum an old song again"
 WORDS = SENTENCE.split()
@@ -103,7 +106,6 @@ def texts() -> list[str]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokenizer_json_encodes_and_decodes_as_sentencepiece(kind: tuple, tmp_path: Path) -> None:
-    tokenizers = pytest.importorskip("tokenizers", reason="the tokenizers library comes with the [hf] extra")
     path = train(tmp_path, *kind)
     exported = HfTokenizer(path, vocab_size=400, seq_len=64)
     theirs = tokenizers.Tokenizer.from_str(json.dumps(exported.tokenizer_json()))
@@ -158,3 +160,77 @@ def test_unusable_tokenizers_are_named(tmp_path: Path) -> None:
     path.write_bytes(b"no model")
     with pytest.raises(ValueError, match="is not a SentencePiece model"):
         HfTokenizer(path, vocab_size=400, seq_len=64)
+
+
+BYTES = "bytes"
+FILES = {"sentencepiece": small_vocabulary, "huggingface": small_byte_pairs, "tiktoken": small_tiktoken}
+PLAIN = [*(text for text in TEXTS if "\u2581" not in text), "<s> and </s>, <|end_of_text|", "'S 1234 I'll"]
+
+
+def directory_of(kind: str, tmp_path: Path) -> Path:
+    """A tokenizer directory of that kind."""
+    if kind == BYTES:
+        vocabulary = Vocabulary.open_bytes()
+    else:
+        (tmp_path / "file").write_bytes(FILES[kind]())
+        vocabulary = Vocabulary.open(tmp_path / "file")
+    (tmp_path / kind).mkdir()
+    vocabulary.write(tmp_path / kind)
+    return tmp_path / kind
+
+
+@pytest.mark.parametrize("kind", [*FILES, BYTES])
+def test_every_kind_is_written_with_the_same_ids_and_one_bos(kind: str, tmp_path: Path) -> None:
+    directory = directory_of(kind, tmp_path)
+    vocabulary = Vocabulary.open(directory)
+    assert exportable(vocabulary) is None
+    exported = HfTokenizer(directory, vocab_size=700, seq_len=64)
+    (tmp_path / "hf").mkdir()
+    exported.write(tmp_path / "hf")
+    written = {"tokenizer.json", "tokenizer_config.json"} | ({"tokenizer.model"} if kind == "sentencepiece" else set())
+    assert {path.name for path in (tmp_path / "hf").iterdir()} == written
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "hf" / "tokenizer.json"))
+    for text in PLAIN:
+        if any(name in text for name in vocabulary.special_tokens):
+            continue  # transformers finds special tokens in text
+        assert theirs.encode(text).ids == [vocabulary.bos_id, *vocabulary.encode(text).tolist()], repr(text)
+        assert theirs.encode(text, add_special_tokens=False).ids == vocabulary.encode(text).tolist()
+    assert theirs.decode(theirs.encode("caf\u00e9 \U0001f642").ids) == "caf\u00e9 \U0001f642"
+    assert theirs.get_vocab_size() == vocabulary.vocab_size
+    assert {name: theirs.token_to_id(name) for name in vocabulary.special_tokens} == vocabulary.special_tokens
+    config = exported.tokenizer_config()
+    assert [vocabulary.special_tokens[config[field]] for field in ("bos_token", "eos_token")] == [vocabulary.bos_id, vocabulary.eos_id]
+    # and what was written is a tokenizer that can be trained with
+    again = Vocabulary.open(tmp_path / "hf" / "tokenizer.json")
+    assert (again.bos_id, again.eos_id, again.vocab_size) == (vocabulary.bos_id, vocabulary.eos_id, vocabulary.vocab_size)
+
+
+def test_the_post_processor_of_a_tokenizer_json_is_replaced(tmp_path: Path) -> None:
+    content = json.loads(small_byte_pairs())
+    end = {"SpecialToken": {"id": "<|end_of_text|>", "type_id": 0}}
+    template = content["post_processor"]
+    template["single"] = [*template["single"], end, end]
+    template["special_tokens"]["<|end_of_text|>"] = {"id": "<|end_of_text|>", "ids": [599], "tokens": ["<|end_of_text|>"]}
+    truncation = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**content, "truncation": truncation}))
+    theirs = tokenizers.Tokenizer.from_str(
+        json.dumps(HfTokenizer(tmp_path / "tokenizer.json", vocab_size=600, seq_len=64).tokenizer_json())
+    )
+    vocabulary = Vocabulary.open(tmp_path / "tokenizer.json")
+    assert theirs.encode("to be or not to be").ids == [598, *vocabulary.encode("to be or not to be").tolist()]
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("kind", [*FILES, BYTES])
+def test_transformers_loads_every_kind(kind: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'prefect-llama[hf]'")
+    directory = directory_of(kind, tmp_path)
+    vocabulary = Vocabulary.open(directory)
+    config = LlamaConfig(seq_len=64, hidden_dim=16, intermediate_dim=16, num_layers=1, num_heads=2, num_kv_heads=2, vocab_size=700)
+    save_hf(tmp_path / "hf", config, init_params(config, jax.random.key(0)), tokenizer=directory)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (vocabulary.bos_id, vocabulary.eos_id, vocabulary.pad_id)
+    for text in ("To be, or not to be", "  two\n\n spaces caf\u00e9 \U0001f642", "12345 I'LL"):
+        ids = theirs(text)["input_ids"]
+        assert ids == [vocabulary.bos_id, *vocabulary.encode(text).tolist()]
+        assert theirs.decode(ids, skip_special_tokens=True) == text

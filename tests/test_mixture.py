@@ -1,12 +1,12 @@
-"""The mixture step: entropy, relative places, and stores that do not belong together."""
+"""The mixture step: entropy, relative places, stages, and stores that do not belong together."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from model.batches import BatchLoader
 from model.config_base import Config
 from model.mixture_store import MixtureStore
 from model.token_store import StoreError, TokenStoreWriter
+from model.vocabulary import Vocabulary
 from tasks.artifacts import Artifact, commit
 from tasks.data_steps import Mixing
 from tasks.datasets import DataError
@@ -32,7 +33,7 @@ class Nothing(Config):
 @pytest.fixture(autouse=True)
 def rates(monkeypatch: pytest.MonkeyPatch) -> None:
     """These stores have no text that SeqIO could read; what SeqIO says of real ones is tested with the tokenization."""
-    monkeypatch.setattr("tasks.mixture.seqio_rates", lambda step, directory, inputs: step.config.weights)
+    monkeypatch.setattr("tasks.mixture.seqio_rates", lambda step, directory, inputs: step.config.stages[0]["shares"])
 
 
 @pytest.fixture
@@ -40,15 +41,16 @@ def tokenizer(tmp_path: Path) -> Artifact:
     step = Step("tokenizers", "m", Nothing())
     directory = step.directory(tmp_path / "root")
     directory.mkdir(parents=True)
-    (directory / "tokenizer.model").write_bytes(small_vocabulary())
+    (tmp_path / "any.model").write_bytes(small_vocabulary())
+    Vocabulary.open(tmp_path / "any.model").write(directory)
     return commit(directory, step, stats={})
 
 
 def store(root: Path, name: str, digest: str | None = None) -> Artifact:
     step = Step("tokens", name, Nothing())
     directory = step.directory(root)
-    sha256 = digest or hashlib.sha256(small_vocabulary()).hexdigest()
-    writer = TokenStoreWriter(directory, vocab_size=400, bos_id=1, eos_id=2, tokenizer_sha256=sha256)
+    digest = digest or Vocabulary.open(root.parent / "any.model").digest
+    writer = TokenStoreWriter(directory, vocab_size=400, bos_id=1, eos_id=2, tokenizer_digest=digest)
     with writer.shard("train", 0, 1, "k") as shard:
         for document in DOCUMENTS[name]:
             shard.add(np.array(document), source_bytes=7)
@@ -57,8 +59,15 @@ def store(root: Path, name: str, digest: str | None = None) -> Artifact:
     return commit(directory, step, stats=writer.stats({"train": 1, "validation": 1}))
 
 
-def made(root: Path, weights: dict[str, float], inputs: tuple[Artifact, ...]) -> Artifact:
-    step = Step("mixtures", "m", Mixing(weights=weights))
+def made(root: Path, shares: dict[str, float], inputs: tuple[Artifact, ...], **changes: Any) -> Artifact:
+    fields = {
+        "packing": "concat",
+        "max_epochs": {},
+        "holdout_tail": {},
+        "simulated_epoching": None,
+        "stages": ({"step": 0, "shares": shares},),
+    }
+    step = Step("mixtures", "m", Mixing.model_validate({**fields, **changes}))
     directory = step.directory(root)
     directory.mkdir(parents=True, exist_ok=True)
     return commit(directory, step, stats=mix_body(step, directory, inputs))
@@ -117,3 +126,22 @@ def test_a_changed_tokenizer_file_is_found(tmp_path: Path, tokenizer: Artifact) 
     (Path(tokenizer.path) / "tokenizer.model").write_bytes(small_vocabulary(500))
     with pytest.raises(StoreError, match="run the tokenizer step again"):
         MixtureStore.open(mixture).tokenizer.check()
+
+
+def test_stages_limits_and_tails_reach_the_loader(tmp_path: Path, tokenizer: Artifact) -> None:
+    root = tmp_path / "root"
+    stages = ({"step": 0, "shares": {"plays": 1.0}}, {"step": 2, "shares": {"plays": 0.5, "sonnets": 0.5}})
+    changes = {"stages": stages, "max_epochs": {"sonnets": 3.0}, "holdout_tail": {"plays": 6}}
+    mixture = made(root, {}, (tokenizer, store(root, "plays"), store(root, "sonnets")), **changes)
+    loader = BatchLoader(mixture, seq_len=8, global_batch_size=4, seed=0)
+    assert loader.planned(2)["plays"]["tokens"] == 2 * 4 * 8
+    # a block of 2,048 rows later it has had its three epochs, and the plays the rest
+    assert loader.planned(600)["sonnets"]["epochs"] == 3
+    assert sum(part["rows"] for part in loader.planned(600).values()) == 600 * 4
+    plays = MixtureStore.open(mixture).component("plays")
+    train, validation = plays.split("train"), plays.split("validation")
+    assert train is not None
+    assert validation is not None
+    # whole documents from the end that hold 6 tokens or more, and the one that was held out by hash
+    assert validation.num_documents == 3
+    assert train.num_tokens + validation.num_tokens == 9 * (5 + 4) + 4

@@ -1,99 +1,166 @@
-"""The row order: permutations, exact shares, independence of components, and a pinned version."""
+"""The row order: windows once an epoch, independence of components, limits, slices, and a pinned version."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
 
-from model.order import BLOCK, Component, RowOrder, hash64, permute
+from model.order import BLOCK, Component, RowOrder, Rows, Stage
+from model.packing import Windows
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 100, 1000, 2048, 5741])
-def test_permute_is_a_permutation(size: int) -> None:
-    assert sorted(permute(np.arange(size), size, hash64(99)).tolist()) == list(range(size))
+def order(
+    weights: Mapping[str, float], windows: int | Mapping[str, int] = 100, *, seed: int = 0, **changes: Mapping[str, float]
+) -> RowOrder:
+    sizes = dict.fromkeys(weights, windows) if isinstance(windows, int) else windows
+    epochs, kept = changes.get("max_epochs", {}), changes.get("kept", {})
+    components = [Component(name, sizes[name], epochs.get(name), int(kept[name]) if name in kept else None) for name in weights]
+    return RowOrder(components, [Stage(0, weights)], seed)
 
 
-def test_permute_depends_on_the_key_and_handles_huge_domains() -> None:
-    index = np.arange(1000)
-    assert not np.array_equal(permute(index, 1000, hash64(1)), permute(index, 1000, hash64(2)))
-    huge = permute(index + 10**12, 2**50 + 3, hash64(5))
-    assert len(np.unique(huge)) == 1000
-    assert huge.min() >= 0
-    assert huge.max() < 2**50 + 3
-
-
-def order(weights: dict[str, float], sizes: dict[str, int] | None = None, seq_len: int = 16, seed: int = 0) -> RowOrder:
-    sizes = sizes or dict.fromkeys(weights, 1000)
-    return RowOrder([Component(name, weight, sizes[name]) for name, weight in weights.items()], seq_len, seed)
+def windows_of(rows: Rows, index: int) -> list[int]:
+    return rows.window[rows.component == index].tolist()
 
 
 def test_shares_are_exact_and_no_weight_rounds_to_zero() -> None:
     weights = {"web": 0.7, "code": 0.2999, "tiny": 0.0001}
     rows = 500 * BLOCK
-    component, _ = order(weights).locate(np.arange(rows))
-    found = np.bincount(component, minlength=3)
+    found = np.bincount(order(weights).rows(0, rows).component, minlength=3)
     for count, weight in zip(found, weights.values(), strict=True):
         assert abs(count - rows * weight) <= 1
     assert order(weights).planned_rows(rows) == dict(zip(weights, found.tolist(), strict=True))
     part = rows - 777
-    assert list(order(weights).planned_rows(part).values()) == np.bincount(component[:part], minlength=3).tolist()
+    assert list(order(weights).planned_rows(part).values()) == np.bincount(order(weights).rows(0, part).component, minlength=3).tolist()
+    assert list(order(weights).planned_rows(0).values()) == [0, 0, 0]
 
 
-def test_each_epoch_visits_every_window_once_and_the_next_is_cut_and_ordered_anew() -> None:
-    tokens, seq_len = 1000, 16
-    windows = tokens // seq_len - 1
-    _, start = order({"only": 3.0}, {"only": tokens}, seq_len).locate(np.arange(BLOCK))
-    assert start.min() >= 0
-    assert start.max() + seq_len + 1 <= tokens
-    # rows of a block are placed by a permutation, so epochs are recovered from the cut offset of each window
-    offsets, counts = np.unique(start % seq_len, return_counts=True)
-    assert len(offsets) > 8
-    assert counts.max() >= windows
-    single = RowOrder([Component("only", 1.0, 2 * BLOCK * seq_len + 2 * seq_len)], seq_len, 0)
-    _, first_epoch = single.locate(np.arange(2 * BLOCK))
-    assert len(np.unique(first_epoch)) == 2 * BLOCK
-    assert len(np.unique(first_epoch % seq_len)) <= 2
+@pytest.mark.parametrize("windows", [1, 2, 16, 17, 300, 2 * BLOCK])
+def test_each_epoch_visits_every_window_once_and_the_next_follows_it(windows: int) -> None:
+    rows = order({"much": 0.75, "only": 0.25}, {"much": 10**6, "only": windows}).rows(0, 40 * BLOCK)
+    found, cuts = np.array(windows_of(rows, 1)), rows.cut[rows.component == 1]
+    epochs = len(found) // windows
+    assert epochs >= 2
+    for epoch in range(epochs):
+        part = slice(epoch * windows, (epoch + 1) * windows)
+        assert sorted(found[part].tolist()) == list(range(windows))
+        assert len(np.unique(cuts[part])) == 1
+    assert len(np.unique(cuts)) >= epochs
 
 
-@pytest.mark.parametrize("tokens", [17, 18, 31, 32, 33, 47, 48, 49, 160])
-def test_every_window_lies_inside_the_stream(tokens: int) -> None:
-    _, start = order({"only": 1.0}, {"only": tokens}).locate(np.arange(2 * BLOCK))
-    assert start.min() >= 0
-    assert start.max() + 17 <= tokens
+def test_no_order_is_repeated_between_epochs_or_seeds() -> None:
+    orders = [order({"only": 1.0}, 1000, seed=seed).rows(epoch * 1000, (epoch + 1) * 1000).window for seed in (0, 1) for epoch in range(20)]
+    assert len({tuple(found.tolist()) for found in orders}) == 40
+    # nor is one like another: as many windows stay in place as by chance
+    stay = [(one == other).sum() for number, one in enumerate(orders) for other in orders[:number]]
+    assert 0.8 < np.mean(stay) < 1.2
+    assert max(stay) < 10
 
 
-def windows_of(rows: RowOrder, name: str, count: int) -> list[int]:
-    component, start = rows.locate(np.arange(8 * BLOCK))
-    return start[component == rows.names.index(name)][:count].tolist()
+def test_the_order_of_rows_is_uniform_and_uncorrelated() -> None:
+    rows = order({"a": 0.5, "b": 0.5}, {"a": 10**6, "b": 999_983}).rows(0, 64 * BLOCK)
+    for index, windows in ((0, 10**6), (1, 999_983)):
+        found = np.array(windows_of(rows, index)) / windows
+        assert abs(np.corrcoef(found[:-1], found[1:])[0, 1]) < 4 / np.sqrt(len(found))
+        counts = np.histogram2d(np.arange(len(found)) / len(found), found, bins=20)[0]
+        expected = len(found) / 400
+        assert abs(((counts - expected) ** 2 / expected).sum() - 399) < 5 * np.sqrt(2 * 399)
+    component = rows.component.astype(float)
+    assert abs(np.corrcoef(component[:-1], component[1:])[0, 1]) < 4 / np.sqrt(len(component))
 
 
 def test_another_component_changes_where_rows_are_but_not_which_windows_a_component_gives() -> None:
-    few = order({"a": 0.5, "b": 0.5}, {"a": 900_000, "b": 1000})
-    many = order({"c": 0.2, "a": 0.4, "b": 0.4}, {"a": 900_000, "b": 1000, "c": 500})
-    assert set(windows_of(many, "a", 10**6)) <= set(windows_of(few, "a", 10**6))
-    assert windows_of(few, "a", 100) != windows_of(order({"a": 1.0}, {"a": 900_000}, seed=1), "a", 100)
+    few = order({"a": 0.5, "b": 0.5}, {"a": 60_000, "b": 60}).rows(0, 8 * BLOCK)
+    many = order({"c": 0.2, "a": 0.4, "b": 0.4}, {"a": 60_000, "b": 60, "c": 31}).rows(0, 8 * BLOCK)
+    for index, name in enumerate("ab"):
+        found, expected = windows_of(many, index + 1), windows_of(few, index)
+        assert found == expected[: len(found)], name
+        cuts, own = many.cut[many.component == index + 1], few.cut[few.component == index]
+        np.testing.assert_array_equal(cuts, own[: len(cuts)])
+    assert windows_of(few, 0)[:100] != windows_of(order({"a": 1.0}, 60_000, seed=1).rows(0, 100), 0)
 
 
-def test_order_version_1_is_pinned() -> None:
-    rows = order({"plays": 0.9, "sonnets": 0.1}, {"plays": 500_000, "sonnets": 30_000}, seq_len=128, seed=17)
-    component, start = rows.locate(np.concatenate([np.arange(3000), 10**12 + np.arange(100)]))
-    assert component[:8].tolist() == PINNED_COMPONENTS
-    assert start[:4].tolist() == PINNED_STARTS
-    digest = hashlib.sha256(np.stack([component, start]).astype("<i8").tobytes()).hexdigest()
+def test_rows_do_not_depend_on_how_they_are_asked_for() -> None:
+    weights = {"a": 0.6, "b": 0.4}
+    whole = order(weights).rows(0, 6 * BLOCK)
+    for start, stop in ((0, 1), (5, BLOCK), (BLOCK - 3, BLOCK + 3), (100, 5 * BLOCK + 1), (5 * BLOCK, 6 * BLOCK)):
+        part = order(weights).rows(start, stop)
+        for found, expected in zip(part, whole, strict=True):
+            np.testing.assert_array_equal(found, expected[start:stop])
+
+
+def test_a_component_is_left_out_after_its_epochs() -> None:
+    limited = order({"a": 0.5, "b": 0.5}, {"a": 10_000, "b": 1_000}, max_epochs={"b": 2.5})
+    rows = limited.rows(0, 4 * BLOCK)
+    assert limited.num_rows is None
+    found = windows_of(rows, 1)
+    assert len(found) == 2_500
+    counts = np.bincount(found, minlength=1_000)
+    assert np.bincount(counts).tolist() == [0, 0, 500, 500]
+    assert not (rows.component[3 * BLOCK :] == 1).any()
+    assert order({"a": 1.0}, 10, max_epochs={"a": 0.7}).num_rows == 7
+    assert order({"a": 1.0}, 10, max_epochs={"a": 0.01}).num_rows == 1
+    with pytest.raises(IndexError, match="row 7 of a mixture that has 7 rows"):
+        order({"a": 1.0}, 10, max_epochs={"a": 0.7}).rows(0, 8)
+
+
+def test_simulated_epochs_repeat_a_fixed_slice_that_is_cut_once() -> None:
+    sliced = order({"a": 1.0}, 10_000, kept={"a": 512}).rows(0, 2 * BLOCK)
+    epochs = sliced.window.reshape(8, 512)
+    kept = set(epochs[0].tolist())
+    assert len(kept) == 512
+    assert max(kept) > 9_000
+    assert all(set(epoch.tolist()) == kept for epoch in epochs)
+    assert len({tuple(epoch.tolist()) for epoch in epochs}) == 8
+    assert len(np.unique(sliced.cut)) == 1
+    assert kept != set(order({"a": 1.0}, 10_000, kept={"a": 512}, seed=1).rows(0, BLOCK).window.tolist())
+
+
+@pytest.mark.parametrize("tokens", [17, 18, 31, 32, 33, 47, 48, 49, 160, 100_000])
+def test_every_window_lies_inside_the_stream_and_is_cut_anew_every_epoch(tokens: int) -> None:
+    windows = Windows(tokens, 16)
+    rows = order({"only": 1.0}, windows.num_rows).rows(0, 2 * BLOCK)
+    start = windows.starts(rows.window, rows.cut)
+    assert start.min() >= 0
+    assert start.max() + 17 <= tokens
+    if windows.num_rows < 200:
+        assert len(np.unique(start % 16)) == min(16, tokens - windows.num_rows * 16)
+
+
+def test_a_far_row_needs_its_own_block_only() -> None:
+    weights = {f"c{index}": 1.0 + index for index in range(7)}
+    far = order(weights, 10**9)
+    start = 10**9 * 32
+    rows = far.rows(start, start + 32)
+    assert list(far._plans) == [start // BLOCK * BLOCK]
+    before = far._plans[start // BLOCK * BLOCK][0].before
+    assert max(abs(count - start * weight / 28) for count, weight in zip(before, weights.values(), strict=True)) <= 1 + BLOCK
+    assert len(rows.window) == 32
+
+
+def test_order_version_2_is_pinned() -> None:
+    stages = [Stage(0, {"plays": 0.9, "sonnets": 0.1}), Stage(2500, {"plays": 0.5, "sonnets": 0.499, "letters": 0.001})]
+    components = [Component("plays", 3905), Component("sonnets", 233, 40.0), Component("letters", 12)]
+    rows = RowOrder(components, stages, 17)
+    parts = [rows.rows(0, 3000), rows.rows(10**12, 10**12 + 100)]
+    columns = [np.concatenate([part[column] for part in parts]) for column in range(3)]
+    assert columns[0][:8].tolist() == PINNED_COMPONENTS
+    assert columns[1][:4].tolist() == PINNED_WINDOWS
+    digest = hashlib.sha256(np.stack([column.astype("<u8") for column in columns]).tobytes()).hexdigest()
     assert digest == PINNED_DIGEST
 
 
-def test_refusals_name_the_component_and_the_remedy() -> None:
-    with pytest.raises(ValueError, match=r"'b' has 16 training tokens, fewer than one window of seq_len \+ 1 = 17; lower seq_len to 15"):
-        order({"a": 1.0, "b": 1.0}, {"a": 100, "b": 16})
+def test_refusals() -> None:
     with pytest.raises(ValueError, match="no component with a positive weight"):
-        order({})
-    with pytest.raises(ValueError, match="'a' has weight 0"):
-        order({"a": 0.0})
+        RowOrder([], [Stage(0, {})], 0)
+    with pytest.raises(ValueError, match="component 'a' uses 0 of 0 windows"):
+        order({"a": 1.0}, 0)
+    with pytest.raises(ValueError, match="component 'a' uses 11 of 10 windows"):
+        order({"a": 1.0}, 10, kept={"a": 11})
 
 
-PINNED_COMPONENTS = [0, 0, 0, 0, 0, 0, 1, 0]
-PINNED_STARTS = [242502, 252358, 390342, 232134]
-PINNED_DIGEST = "69d27bc0c988ddd015d49dfe29c98cca107d5f83d85a2a8e517712ed0d9e24df"
+PINNED_COMPONENTS = [0, 1, 0, 0, 0, 0, 1, 0]
+PINNED_WINDOWS = [899, 77, 3274, 1077]
+PINNED_DIGEST = "7fbb866e44ecfbfed320dedcdb134533b551786eb8e4dd86ad14ca3fdfccd5bc"

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.datasets import DataError, Reading
-from tasks.text_reader import read_documents, split_of
+from tasks.mixture_config import Chat, Reading
+from tasks.readers.text_reader import read_documents, resolved_format, split_of
+from tasks.sources import DataError
 
 
 def read(path: Path, data: bytes, **fields: object) -> list[str]:
@@ -42,8 +43,8 @@ def test_windows_line_ends_and_a_byte_order_mark_belong_to_no_document(path: Pat
     assert read(path, b'\xef\xbb\xbf{"text": "x"}\r\n', format="jsonl") == ["x"]
 
 
-def test_any_character_is_text(path: Path) -> None:
-    text = "a\0b\u2028c\x1c\x85 d <s> </s> \U0001f642"
+def test_any_character_but_nul_is_text(path: Path) -> None:
+    text = "a\ufffeb\u2028c\x1c\x85 d <s> </s> \U0001f642"
     assert read(path, text.encode() + b"\n", document="line") == [text]
     assert read(path, json.dumps({"text": text}).encode(), format="jsonl") == [text]
 
@@ -56,7 +57,7 @@ def test_empty_documents_are_left_out_and_counted(path: Path) -> None:
     assert read(path, b"") == []
 
 
-@given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n\r"), max_size=12), max_size=12))
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n\r\0"), max_size=12), max_size=12))
 def test_lines_round_trip(tmp_path_factory: pytest.TempPathFactory, lines: list[str]) -> None:
     path = tmp_path_factory.mktemp("lines") / "t.txt"
     expected = [line for line in lines if line.strip()]
@@ -121,8 +122,12 @@ def test_bytes_that_are_not_utf8_are_named_by_line_and_offset(path: Path, docume
         (b'{"body": "a"}', "missing_key", r"no key 'text', but an object with the keys \['body'\]; set text_key"),
         (b'"text"', "missing_key", "a JSON str"),
         (b'{"text": 7}', "not_text", "'text' is int, not a string"),
-        (b'{"text": null}', "not_text", "'text' is NoneType, not a string"),
-        (b'{"text": "\\ud800"}', "undecodable", "half a surrogate pair at character 0"),
+        (b'{"text": null}', "null", "'text' is null, not a string; correct the record"),
+        (b'{"text": "\\ud800"}', "undecodable", "half a surrogate pair before character 10"),
+        (b'{"text": "\\udc00"}', "undecodable", "half a surrogate pair before character 10"),
+        (b'{"text": "a\\u0000b"}', "nul", "'text' has a NUL character at 1"),
+        (b"\0" * 1000, "nul", "the text has a NUL character"),
+        (b'{"text": "a", "score": NaN}', "bad_json", "not a JSON value"),
         (b'{"text": "\xc3"}', "undecodable", "byte 0xc3 is not UTF-8"),
         (b'{"text": "' + b"x" * 200_000 + b'"}', "too_long", "a document of 200,012 bytes"),
     ],
@@ -154,6 +159,86 @@ def test_the_split_depends_on_the_text_alone_and_grows_with_the_share() -> None:
     assert not [text for text in texts if split_of(text, 0.0) == "validation"]
     # pinned: a changed rule would leak held-out documents into training
     assert [split_of(text, 0.5)[0] for text in texts[:12]] == PINNED_SPLITS
+
+
+def test_without_a_holdout_nothing_is_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.readers.text_reader.hashlib", None)
+    assert split_of("a", 0.0) == "train"
+    with pytest.raises(AttributeError):
+        split_of("a", 0.1)
+
+
+@pytest.mark.parametrize("document", ["line", "file", "paragraph"])
+def test_a_nul_is_named_by_line_and_offset(path: Path, document: str) -> None:
+    data = b"good\nalso\n\n\n\nbad \0 here\n\nmore"
+    with pytest.raises(DataError, match=r"line 6 \(byte 17\): the text has a NUL character; remove it"):
+        read(path, data, document=document, **({"min_document_bytes": 9} if document == "paragraph" else {}))
+    path.write_bytes(data)
+    skipped: Counter[str] = Counter()
+    found = list(read_documents(path, Reading.model_validate({"document": document, "on_bad_document": "skip"}), skipped))
+    assert found == {"line": ["good", "also", "more"], "file": [], "paragraph": ["good\nalso", "more"]}[document]
+    assert skipped["nul"] == 1
+
+
+@pytest.mark.parametrize("document", ["line", "paragraph"])
+@given(st.data())
+def test_documents_do_not_depend_on_how_the_file_is_read(
+    tmp_path_factory: pytest.TempPathFactory, document: str, data: st.DataObject
+) -> None:
+    """Read in pieces of a few bytes, the documents are those that a few lines of plain Python find."""
+    lines = data.draw(st.lists(st.sampled_from(["", " ", "\t", "a", "bb", "c" * 9, "d" * 30, "\u00e9", "\r", "e\r", "f\ng"]), max_size=30))
+    end = data.draw(st.sampled_from(["", "\n", "\r\n"]))
+    piece, limit = data.draw(st.integers(1, 40)), data.draw(st.integers(4, 40))
+    content = ("\n".join(lines) + end).encode()
+    path = tmp_path_factory.mktemp("pieces") / "t.txt"
+    path.write_bytes(content)
+    reading = Reading.model_validate({"document": document, "max_document_bytes": limit, "on_bad_document": "skip"})
+    skipped: Counter[str] = Counter()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tasks.readers.line_blocks._PIECE_BYTES", piece)
+        found = list(read_documents(path, reading, skipped))
+    assert found == _documents_found_simply(content, document, limit)
+    read_in_one = Counter[str]()
+    assert list(read_documents(path, reading, read_in_one)) == found
+    assert read_in_one == skipped
+
+
+def _documents_found_simply(content: bytes, document: str, limit: int) -> list[str]:
+    parts = content.split(b"\n")
+    documents: list[bytes] = [b""]
+    for line in [*(part + b"\n" for part in parts[:-1]), parts[-1]]:
+        if document == "paragraph" and line.strip():
+            documents[-1] += line
+        else:
+            documents += [line, b""]
+    bare = [text[:-2] if text.endswith(b"\r\n") else text.removesuffix(b"\n") for text in documents]
+    return [text.decode() for text in bare if text.strip() and len(text) <= limit]
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "kind"),
+    [
+        ("a.jsonl", {}, "jsonl"),
+        ("a.NDJSON.gz", {}, "jsonl"),
+        ("a.json.zst", {}, "json"),
+        ("a.parquet", {}, "parquet"),
+        ("a.md.xz", {}, "txt"),
+        ("jsonl", {}, "txt"),
+        ("a.jsonl", {"format": "txt"}, "txt"),
+        ("a.gz", {"format": "jsonl"}, "jsonl"),
+    ],
+)
+def test_the_format_is_what_the_name_says_unless_it_is_given(name: str, fields: dict[str, str], kind: str) -> None:
+    assert resolved_format(name, Reading.model_validate(fields)) == kind
+
+
+def test_names_that_allow_no_reading_are_refused() -> None:
+    with pytest.raises(DataError, match=r"a\.parquet\.gz: parquet is compressed inside the file.*decompress it and take \.gz off"):
+        resolved_format("a.parquet.gz", Reading())
+    with pytest.raises(DataError, match=r"a\.txt: answers=chat need records with keys.*set format='jsonl'"):
+        resolved_format("a.txt", Reading(answers=Chat()))
+    with pytest.raises(DataError, match="decompress it"):
+        list(read_documents("a.parquet.zst", Reading(on_bad_document="skip")))
 
 
 PINNED_SPLITS = list("vtvvtvtvvvtt")

@@ -1,16 +1,13 @@
-"""Tokenization: the store holds what SeqIO yields, document by document, however often the process was killed."""
+"""Tokenization: the store holds the tokenizer's ids, document by document, however often it was killed and whoever worked on it."""
 
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
+import pickle
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,173 +15,147 @@ import pytest
 from sentencepiece import SentencePieceProcessor
 
 from model.token_store import TokenStore
-from tasks import tokenization
-from tasks.artifacts import Artifact, commit
-from tasks.children import ChildFailed
-from tasks.data_steps import DataSteps, Tokenization, mixture_steps
-from tasks.datasets import DataError, Mixture, SentencePieceFile
-from tasks.download import download_body
-from tasks.mixture import mix_body
-from tasks.text_reader import split_of
+from model.token_writer import TokenStoreWriter
+from tasks import shard_tokenizer, tokenization
+from tasks.artifacts import commit
+from tasks.children import ChildFailed, ChildStopped, allow_children, stop_children
+from tasks.data_steps import Tokenization, mixture_steps
+from tasks.datasets import DataError
+from tasks.readers.text_reader import split_of
 from tasks.tokenization import shard_jobs, tokenize_body
-from tasks.tokenization_spec import TokenizationSpec
-from tasks.vocabulary import train_vocabulary_body
-from tasks.vocabulary_file import inspect_vocabulary
+from tasks.tokenize_config import TokenizeConfig
+from tests.small_run import LINES, SmallRun, tree
 from tests.synthetic_vocabulary import small_vocabulary
-
-ROOT = Path(__file__).resolve().parent.parent
-LINES = {
-    "a.txt": [f"line {number}: to be, or not to be, that is question {number * number}" for number in range(40)],
-    "b.txt": [
-        "na\u00efve caf\u00e9 \u65e5\u672c\u8a9e \U0001f642",
-        "a <s> and a </s> and <unk> <0x0A> in the text",
-        "tab\there  two  spaces ",
-        "nul \0 byte",
-    ],
-    "c.txt": ["only"],
-}
-
-
-class Run:
-    """The steps of one small mixture up to the tokens, and what the probe found out."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        source = root / "source"
-        source.mkdir(parents=True)
-        for name, lines in LINES.items():
-            (source / name).write_bytes("".join(f"{line}\n" for line in lines).encode())
-        (root / "given.model").write_bytes(small_vocabulary())
-        mixture = Mixture.model_validate(
-            {
-                "name": "mix",
-                "datasets": ({"name": "web", "source": str(source / "*.txt"), "document": "line", "holdout": 0.2},),
-                "weights": {"web": 1.0},
-                "tokenizer": SentencePieceFile(path=str(root / "given.model")),
-            }
-        )
-        self.steps: DataSteps = mixture_steps(mixture)
-        self.tokens = self.steps.tokens[0]
-        download, tokenizer = self.steps.downloads[0], self.steps.tokenizer
-        self.raw = self.made(download, download_body(download, self.directory(download), ()))
-        self.tokenizer = self.made(tokenizer, train_vocabulary_body(tokenizer, self.directory(tokenizer), ()))
-        self.files = [Path(self.raw.path) / "files" / name for name in sorted(LINES)]
-        self.stats: dict[str, Any] = {}
-        self.probe: dict[str, Any] = {}
-
-    def directory(self, step: Any) -> Path:
-        directory = step.directory(self.root)
-        directory.mkdir(parents=True, exist_ok=True)
-        return directory
-
-    def made(self, step: Any, stats: dict[str, Any]) -> Artifact:
-        return commit(self.directory(step), step, stats=stats)
-
-    def inputs(self) -> tuple[Artifact, ...]:
-        return self.raw, self.tokenizer
-
-    def spec(self) -> TokenizationSpec:
-        """What the step tells its worker when no shard is there yet."""
-        model = Path(self.tokenizer.path) / "tokenizer.model"
-        info = inspect_vocabulary(model)
-        config, raw = self.tokens.config, self.steps.downloads[0].config
-        assert isinstance(config, Tokenization)
-        return TokenizationSpec(
-            store="",
-            tokenizer=str(model),
-            tokenizer_sha256=info.sha256,
-            vocab_size=info.vocab_size,
-            bos_id=info.bos_id,
-            eos_id=info.eos_id,
-            key="key",
-            files=tuple(map(str, self.files)),
-            reading=config.reading,
-            jobs=shard_jobs(config, raw.files, info),  # pyright: ignore[reportAttributeAccessIssue]
-        )
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """One real run of the step and, beside it, the probe."""
-    made = Run(tmp_path_factory.mktemp("run") / "root")
-    spec_file = made.root / "spec.json"
-    spec_file.write_text(made.spec().model_dump_json(), encoding="utf-8")
-    (made.root / "probe").mkdir()
-    command = [sys.executable, "-m", "tests.tokenization_probe", str(spec_file), str(made.files[0].parent), str(made.root / "probe")]
-    probe = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        made.stats = tokenize_body(made.tokens, made.directory(made.tokens), made.inputs())
-        out, err = probe.communicate(timeout=120)
-    finally:
-        probe.kill()
-    assert probe.returncode == 0, err[-3000:]
-    made.probe = json.loads(out.splitlines()[-1])
+def run(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
+    """The inputs and one whole tokenization."""
+    made = SmallRun(tmp_path_factory.mktemp("run") / "root")
+    made.stats = tokenize_body(made.tokens, made.directory(made.tokens), made.inputs)  # pyright: ignore[reportAttributeAccessIssue]
     return made
 
 
-def tree(directory: Path) -> dict[str, str]:
-    return {
-        path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(directory.rglob("*"))
-        if path.is_file() and not path.name.startswith(".tokenize") and path.name != "manifest.json"
-    }
-
-
-def stored(path: Path | Artifact) -> dict[str, list[list[int]]]:
-    store = TokenStore.open(path)
-    return {name: [split.document(index).tolist() for index in range(split.num_documents)] for name, split in store.splits.items()}
-
-
-def test_the_store_equals_seqio_and_sentencepiece_document_by_document(run: Run) -> None:
-    found = stored(commit(run.directory(run.tokens), run.tokens, stats=run.stats))
+def test_the_store_holds_the_tokenizers_ids_document_by_document(run: SmallRun) -> None:
+    stats: dict[str, Any] = run.stats  # pyright: ignore[reportAttributeAccessIssue]
+    store = TokenStore.open(commit(run.directory(run.tokens), run.tokens, stats=stats))
     texts = [line for name in sorted(LINES) for line in LINES[name]]
     processor = SentencePieceProcessor(model_proto=small_vocabulary())
     for split in ("train", "validation"):
-        here = [number for number, text in enumerate(texts) if split_of(text, 0.2) == split]
+        here = [text for text in texts if split_of(text, 0.2) == split]
         assert len(here) >= 3
-        assert found[split] == [[1, *run.probe["seqio"][number]] for number in here]
-        assert found[split] == [[1, *processor.encode(texts[number]), 2] for number in here]
-    store = TokenStore.open(run.directory(run.tokens))
-    assert {name: split.source_bytes for name, split in store.splits.items()} == {
-        split: sum(len(text.encode()) for text in texts if split_of(text, 0.2) == split) for split in ("train", "validation")
-    }
+        stream = store.splits[split]
+        assert [stream.document(index).tolist() for index in range(stream.num_documents)] == [
+            [1, *processor.encode(text), 2] for text in here
+        ]
+        assert stream.source_bytes == sum(len(text.encode()) for text in here)
     assert (store.vocab_size, store.bos_id, store.eos_id) == (400, 1, 2)
-    assert run.stats["documents"] == len(texts)
-    assert run.stats["tokenizer_sha256"] == hashlib.sha256(small_vocabulary()).hexdigest()
+    assert stats["documents"] == len(texts)
 
 
-def test_killed_at_many_moments_the_output_is_byte_for_byte_the_same(run: Run) -> None:
-    assert run.probe["kills"] == 5
-    killed, whole = tree(run.root / "probe" / "killed"), tree(run.directory(run.tokens))
-    assert len(whole) == 18
-    assert killed == whole
+def test_killed_at_random_moments_the_output_is_byte_for_byte_the_same(tmp_path: Path) -> None:
+    run = SmallRun(tmp_path / "root", {f"{name}.txt": [f"document {number} of {name}" for number in range(9)] for name in "abcdefghij"})
+    tokenize_body(run.tokens, run.directory(run.tokens), run.inputs)
+    pickled, directory = tmp_path / "run.pickle", tmp_path / "store"
+    pickled.write_bytes(pickle.dumps(run))
+    directory.mkdir()
+    command = [sys.executable, "-m", "tests.kill_probe", str(pickled), str(directory)]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout) >= 8
+    assert tree(directory) == tree(run.directory(run.tokens))
 
 
-def test_finished_shards_are_kept_without_starting_a_process_and_damaged_ones_are_not(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    copy = run.root / "copy"
+def test_finished_shards_are_kept_and_damaged_ones_made_again(run: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = tmp_path / "copy"
     shutil.copytree(run.directory(run.tokens), copy)
-    asked: list[TokenizationSpec] = []
-
-    def worker(module: str, arguments: list[str], on_event: Any) -> None:
-        asked.append(TokenizationSpec.model_validate_json(Path(arguments[0]).read_bytes()))
-        raise ChildFailed("not now")
-
-    monkeypatch.setattr(tokenization, "run_child", worker)
-    assert tokenize_body(run.tokens, copy, run.inputs()) == run.stats
-    assert asked == []
+    read: list[str] = []
+    real = shard_tokenizer.read_documents
+    monkeypatch.setattr(shard_tokenizer, "read_documents", lambda path, *rest: read.append(Path(path).name) or real(path, *rest))
+    stats = tokenize_body(run.tokens, copy, run.inputs)
+    assert read == []
     for path in ("train/shard-00000-of-00003/tokens.bin", "validation/shard-00001-of-00003/docs.npy"):
         data = bytearray((copy / path).read_bytes())
         data[-1] ^= 1
         (copy / path).write_bytes(data)
-    with pytest.raises(ChildFailed, match="not now"):
-        tokenize_body(run.tokens, copy, run.inputs())
-    assert [(job.split, job.shard) for job in asked[0].jobs] == [("train", 0), ("validation", 1)]
+    (copy / "train" / "shard-00000-of-00009").mkdir()
+    assert tokenize_body(run.tokens, copy, run.inputs) == stats
+    assert read == ["a.txt", "b.txt"]
+    assert tree(copy) == tree(run.directory(run.tokens))
+    assert not (copy / "train" / "shard-00000-of-00009").exists()
 
 
-def test_what_the_worker_says_about_data_is_a_data_error_and_the_rest_is_not(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_that_fail_are_all_named_at_the_end_and_the_others_are_kept(tmp_path: Path) -> None:
+    made = SmallRun(tmp_path / "root", {f"{name}.jsonl": ['{"text": "fine"}'] for name in "abcde"}, format="jsonl")
+    for name in ("b", "d"):
+        (made.source / f"{name}.jsonl").write_text('{"text": "fine"}\n{"txt": 1}\n')
+    made = SmallRun(tmp_path / "again", {path.name: path.read_text().splitlines() for path in made.source.iterdir()}, format="jsonl")
+    directory = made.directory(made.tokens)
+    with pytest.raises(DataError) as failed:
+        tokenize_body(made.tokens, directory, made.inputs)
+    message = str(failed.value)
+    assert message.startswith("2 of the 5 shards of dataset 'web' failed; the other 3 are kept:\n  shard 1 of 5: ")
+    # the file that a person can mend is named, not our copy of it
+    for name in ("b", "d"):
+        assert f"{made.source / name}.jsonl line 2" in message
+    assert "no key 'text'" in message
+    assert len(list(directory.glob("train/*/shard.json"))) == 3
+    assert not list(directory.rglob("*.tmp"))
+
+
+def test_a_full_disk_says_how_much_is_needed(run: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "tokens.bin")
+
+    monkeypatch.setattr(TokenStoreWriter, "shard", full)
+    size = sum(path.stat().st_size for path in run.files)
+    with pytest.raises(OSError, match=rf"3 of the 3 shards of 'web' are left, which need about {size:,} bytes") as error:
+        tokenize_body(run.tokens, tmp_path, run.inputs)
+    assert error.value.errno == errno.ENOSPC
+
+
+def test_told_to_stop_it_stops_between_shards_and_keeps_the_finished_ones(
+    run: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = shard_tokenizer.read_documents
+
+    def reading(path: Path, *rest: Any) -> Any:
+        if Path(path).name == "b.txt":
+            stop_children()
+        return real(path, *rest)
+
+    monkeypatch.setattr(shard_tokenizer, "read_documents", reading)
+    try:
+        with pytest.raises(ChildStopped, match="tokenizing web was stopped: run the same command again"):
+            tokenize_body(run.tokens, tmp_path, run.inputs)
+    finally:
+        allow_children()
+    assert (tmp_path / "train" / "shard-00000-of-00003" / "shard.json").exists()
+    assert not (tmp_path / "train" / "shard-00002-of-00003").exists()
+
+
+def test_a_shard_is_a_file_until_there_are_very_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [Path(f"{number}.txt") for number in range(10)]
+    digests, sizes = [str(number) for number in range(10)], list(range(10))
+    jobs = shard_jobs("key", files, digests, sizes)
+    assert [job.files for job in jobs] == [(str(file),) for file in files]
+    assert len({job.key for job in jobs}) == 10
+    monkeypatch.setattr(tokenization, "MAX_SHARDS", 4)
+    grouped = shard_jobs("key", files, digests, sizes)
+    assert [(job.shard, job.of, len(job.files), job.source_bytes) for job in grouped] == [
+        (0, 4, 3, 3), (1, 4, 3, 12), (2, 4, 3, 21), (3, 4, 1, 9),
+    ]  # fmt: skip
+    assert shard_jobs("other", files, digests, sizes)[0].key != grouped[0].key
+
+
+def test_what_seqios_process_says_about_data_is_a_data_error_and_the_rest_is_not(
+    run: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tasks.data_steps import RegisteredTask
+    from tasks.steps import Step
+
     event: dict[str, Any] = {"event": "error", "message": "web.txt line 2: bad", "kind": "data"}
-    empty = run.root / "empty"
-    empty.mkdir()
+    step = Step(kind="tokens", name="web", config=RegisteredTask(task="t"), upstream=(run.steps.tokenizer,))
 
     def worker(module: str, arguments: list[str], on_event: Any) -> None:
         on_event(event)
@@ -192,87 +163,18 @@ def test_what_the_worker_says_about_data_is_a_data_error_and_the_rest_is_not(run
 
     monkeypatch.setattr(tokenization, "run_child", worker)
     with pytest.raises(DataError, match=r"^web\.txt line 2: bad$"):
-        tokenize_body(run.tokens, empty, run.inputs())
+        tokenize_body(step, tmp_path, (run.tokenizer,))
     event.update(kind="storage", errno=errno.ENOSPC)
     with pytest.raises(OSError, match="bad") as full:
-        tokenize_body(run.tokens, empty, run.inputs())
+        tokenize_body(step, tmp_path, (run.tokenizer,))
     assert full.value.errno == errno.ENOSPC
     event["kind"] = "other"
     with pytest.raises(ChildFailed, match="bad"):
-        tokenize_body(run.tokens, empty, run.inputs())
+        tokenize_body(step, tmp_path, (run.tokenizer,))
 
 
-def test_datasets_are_real_seqio_tasks_and_mixtures(run: Run) -> None:
-    found = run.probe["mixture"]
-    assert found["names"] == ["my_mix", {"web": "my_mix.web", "wiki": "my_mix.wiki"}]
-    assert found["rates"] == {"my_mix.web": 0.75, "my_mix.wiki": 0.25}
-    train = stored(run.directory(run.tokens))["train"]
-    assert len(found["examples"]) == 40
-    assert all(example in train for example in found["examples"])
-    assert found["shuffled"] == sorted(train)
-    assert found["shards"] == [str(path) for path in run.files]
-
-
-def test_a_task_of_seqios_registry_is_tokenized_by_name(run: Run) -> None:
-    events = run.probe["events"]
-    assert events[0] == {"event": "shards", "counts": {"train": 3}}
-    assert [event["shard"] for event in events[1:]] == [0, 1, 2]
-    assert sum(event["documents"] for event in events[1:]) == sum(map(len, LINES.values()))
-    errors = run.probe["errors"]
-    assert "seqio_task='nowhere' is not in SeqIO's registry" in errors["unknown"]
-    assert "seqio_task='my_mix' is a mixture; name its tasks as datasets" in errors["mixture"]
-    assert "seqio_module='no.such.module' cannot be imported" in errors["module"]
-    assert "set mixture.tokenizer to the task's own model file" in errors["vocabulary"]
-    assert "bad.txt line 2 (byte 9): byte 0xff is not UTF-8" in errors["reader"]
-
-
-def test_the_mixture_names_its_stores_by_relative_paths_and_measures_entropy(run: Run) -> None:
-    tokens = commit(run.directory(run.tokens), run.tokens, stats=run.stats)
-    mixing = run.steps.mixture
-    stats = mix_body(mixing, run.directory(mixing), (run.tokenizer, tokens, run.raw))
-    value = json.loads((run.directory(mixing) / "mixture.json").read_text(encoding="utf-8"))
-    component = value["components"][0]
-    assert (component["name"], component["weight"], component["fingerprint"]) == ("web", 1.0, run.tokens.fingerprint)
-    assert component["store"] == f"../../tokens/{run.directory(run.tokens).name}"
-    assert component["splits"]["train"] == {key: run.stats["splits"]["train"][key] for key in ("documents", "tokens", "source_bytes")}
-    assert stats["unigram_entropy"] == value["unigram_entropy"] == component["unigram_entropy"]
-    assert 3 < stats["unigram_entropy"] < 6
-
-
-def test_a_store_that_is_not_what_seqio_yields_makes_no_mixture(run: Run, tmp_path: Path) -> None:
-    tokens = commit(run.directory(run.tokens), run.tokens, stats=run.stats)
-    shutil.copytree(run.raw.path, tmp_path / "raw")
-    for path in (tmp_path / "raw" / "files").iterdir():
-        path.write_text("another text altogether\n" * 30)
-    other = run.raw.model_copy(update={"path": str(tmp_path / "raw")})
-    with pytest.raises(DataError, match=r"does not begin with the document that SeqIO yields for 'web'.*--force 'tokens/web'"):
-        mix_body(run.steps.mixture, run.directory(run.steps.mixture), (run.tokenizer, tokens, other))
-
-
-def test_the_worker_dies_with_its_parent(tmp_path: Path) -> None:
-    spec = tmp_path / "spec.json"
-    # a pipe without a writer holds the worker where it reads its spec, long before TensorFlow
-    os.mkfifo(spec)
-    code = (
-        "import subprocess, sys, time; child = subprocess.Popen([sys.executable, '-m', 'tasks.tokenize_worker', sys.argv[1]]); "
-        "print(child.pid, flush=True); time.sleep(60)"
-    )
-    parent = subprocess.Popen([sys.executable, "-c", code, str(spec)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert parent.stdout is not None
-    child = int(parent.stdout.readline())
-    writer = os.open(spec, os.O_WRONLY)  # returns when the worker has come to read, so it has asked to die with its parent
-    parent.send_signal(signal.SIGKILL)
-    parent.wait()
-    deadline = time.monotonic() + 20
-    while _alive(child) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.close(writer)
-    assert not _alive(child)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
+def test_how_it_is_carried_out_is_no_part_of_its_identity(run: SmallRun) -> None:
+    other = mixture_steps(run.mixture, TokenizeConfig(runner="processes", workers=7, accelerator="none", tries=1))
+    assert other.tokens[0].fingerprint == run.tokens.fingerprint
+    assert isinstance(other.tokens[0].config, Tokenization)
+    assert other.tokens[0].config.execution.workers == 7

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from model.config import LlamaConfig
-from model.durable import sha256_of
 from model.job import TrainingJob
 from model.metrics import read_json_lines
 from model.train_config import SimpleTrainConfig
+from model.vocabulary import Vocabulary
 from tasks.datasets import SentencePieceTraining
 from tasks.vocabulary import train_sentencepiece
 from tests.synthetic_stores import write_mixture
@@ -33,12 +33,15 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = Path(write_mixture(root, {"a": 0.7, "b": 0.3}, vocab_size=VOCAB).path)
     words = ("".join(chr(97 + (i * j) % 26) for j in range(1, 8)) for i in range(4000))
     model = train_sentencepiece(SentencePieceTraining(vocab_size=VOCAB), words)
-    (directory / "tokenizer.model").write_bytes(model)
+    (root / "given.model").write_bytes(model)
     content = json.loads((directory / "mixture.json").read_text())
-    content["tokenizer"]["sha256"] = sha256_of(directory / "tokenizer.model")
+    vocabulary, tokenizer = Vocabulary.open(root / "given.model"), directory / content["tokenizer"]["path"]
+    tokenizer.mkdir(parents=True)
+    vocabulary.write(tokenizer)
+    content["tokenizer"]["digest"] = vocabulary.digest
     (directory / "mixture.json").write_text(json.dumps(content))
     for store in root.glob("tokens/*/manifest.json"):
-        text = store.read_text().replace("t" * 64, content["tokenizer"]["sha256"])
+        text = store.read_text().replace("t" * 64, vocabulary.digest)
         store.write_text(text)
     return directory
 

@@ -1,0 +1,112 @@
+"""How far a long data step is: one bar in a terminal, log lines where there is none, a progress artifact in the Prefect UI.
+
+Several steps run side by side, and a terminal has room for one live display: they share it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from types import TracebackType
+from typing import cast
+from uuid import UUID
+
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.context import TaskRunContext
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from tasks.formatting import size
+from tasks.records import run_logger
+
+LOG_SECONDS = 15.0
+UI_SECONDS = 5.0
+
+
+class _SharedDisplay:
+    """The live display of this process: there while at least one step uses it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._progress: Progress | None = None
+        self._users = 0
+
+    def add(self, label: str, total: int | None) -> tuple[Progress, TaskID] | None:
+        """A bar, or None where there is no terminal."""
+        console = Console(stderr=True)
+        if not console.is_terminal:
+            return None
+        with self._lock:
+            if self._progress is None:
+                columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), DownloadColumn(), TransferSpeedColumn())
+                self._progress = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console)
+                self._progress.start()
+            self._users += 1
+            return self._progress, self._progress.add_task(label, total=total, note="")
+
+    def remove(self) -> None:
+        """Ends the display with its last user."""
+        with self._lock:
+            self._users -= 1
+            if self._users == 0 and self._progress is not None:
+                self._progress.stop()
+                self._progress = None
+
+
+_display = _SharedDisplay()
+
+
+class StepProgress:
+    """The progress of one step in bytes of its source. `total` None: how much there is to do is not known.
+
+    Safe to use from several threads. What it shows is a view: a Prefect API that is away never stops the work.
+    """
+
+    def __init__(self, label: str, total: int | None) -> None:
+        self._label, self._total = label, total
+        self._done = 0
+        self._logged = self._published = time.monotonic()
+        self._bar: tuple[Progress, TaskID] | None = None
+        self._artifact: UUID | None = None
+        self._in_run = TaskRunContext.get() is not None
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> StepProgress:
+        self._bar = _display.add(self._label, self._total)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            _display.remove()
+        # a step that took no time has no artifact: it would only cost the API a call
+        if self._artifact is not None and error is None:
+            self._publish(100.0)
+
+    def advance(self, done: int, note: str = "") -> None:
+        """Adds `done` bytes; `note` says what came of them so far."""
+        with self._lock:
+            self._done += done
+            now = time.monotonic()
+            if self._bar is not None:
+                progress, task = self._bar
+                progress.update(task, completed=self._done, note=note)
+            elif now - self._logged > LOG_SECONDS:
+                self._logged = now
+                of = "" if self._total is None else f" of {size(self._total)}"
+                run_logger().info("%s: %s%s%s", self._label, size(self._done), of, f", {note}" if note else "")
+            if self._in_run and self._total and now - self._published > UI_SECONDS:
+                self._published = now
+                self._publish(min(100.0 * self._done / self._total, 100.0))
+
+    def _publish(self, percent: float) -> None:
+        try:
+            if self._artifact is None:
+                key = "progress-" + "".join(c if c.isalnum() else "-" for c in self._label.lower())
+                # outside of an event loop Prefect's call is no coroutine
+                self._artifact = cast("UUID", create_progress_artifact(percent, key=key, description=self._label))
+            else:
+                update_progress_artifact(self._artifact, progress=percent)
+        except Exception as error:
+            self._in_run = False
+            logging.getLogger(__name__).warning("the Prefect API does not take artifacts (%s); the work goes on", error)
