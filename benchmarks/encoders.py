@@ -140,8 +140,8 @@ def side(spec: dict[str, Any]) -> dict[str, Any]:
 
 def our_encoder(spec: dict[str, Any], texts: list[str]) -> tuple[Encoded, str]:
     """Ids and lengths of batches of documents, by the encoder that tokenization uses, loaded before the first is asked for; its name."""
-    from model.accelerated_encoder import CheckedEncoder
-    from model.vocabulary import Vocabulary
+    from model.vocabularies.accelerated_encoder import CheckedEncoder
+    from model.vocabularies.vocabulary import Vocabulary
 
     encoder = CheckedEncoder(Vocabulary.open(spec["models"]["ours"]), "auto" if spec["side"] == OURS else "none")
     encoder.encode_batch(["warm up"])
@@ -167,8 +167,8 @@ def seqio_encoder(spec: dict[str, Any], texts: list[str]) -> tuple[Encoded, str]
 
 def exactness(spec: dict[str, Any], texts: list[str]) -> dict[str, Any]:
     """The library's ids of the corpus, and the strings on which one of our encoders differs from the library."""
-    from model.accelerated_encoder import CheckedEncoder
-    from model.vocabulary import Vocabulary
+    from model.vocabularies.accelerated_encoder import CheckedEncoder
+    from model.vocabularies.vocabulary import Vocabulary
 
     library = library_encoder(spec)
     encoded = [ids for start in range(0, len(texts), BATCH) for ids in library(texts[start : start + BATCH])]

@@ -11,20 +11,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from model.byte_pairs import BYTE_CHARACTERS, added_token, bos_first, tokenizer_json
-from model.byte_vocabulary import FIRST_BYTE
 from model.durable import write_durably, write_json
 from model.hf_config import SpecialIds
-from model.huggingface_vocabulary import HuggingFaceVocabulary
-from model.tiktoken_vocabulary import TiktokenVocabulary
-from model.vocabulary import FILES, Vocabulary
+from model.vocabularies.byte_pairs import BYTE_CHARACTERS, added_token, bos_first, tokenizer_json
+from model.vocabularies.byte_vocabulary import FIRST_BYTE
+from model.vocabularies.huggingface_vocabulary import HuggingFaceVocabulary
+from model.vocabularies.tiktoken_vocabulary import TiktokenVocabulary
+from model.vocabularies.vocabulary import FILES, Vocabulary
 
 
 def exportable(vocabulary: Vocabulary) -> str | None:
     """Why a vocabulary cannot be written for transformers, with the remedy, or None where it can be."""
     if vocabulary.kind != "sentencepiece":
         return None
-    from model.sentencepiece_json import SentencePieceJson
+    from model.vocabularies.sentencepiece_json import SentencePieceJson
 
     problem = SentencePieceJson(vocabulary.data()).problem()
     return None if problem is None else f"tokenizer {vocabulary.path} cannot be written for transformers, its {problem}"
@@ -92,7 +92,7 @@ def _content(vocabulary: Vocabulary) -> tuple[dict[str, Any], dict[int, str]]:
         return tokenizer_json(vocabulary.pairs, vocabulary.special_tokens, bos=bos), names
     if vocabulary.kind == "bytes":
         return _bytes_json(vocabulary, bos), names
-    from model.sentencepiece_json import SentencePieceJson
+    from model.vocabularies.sentencepiece_json import SentencePieceJson
 
     model = SentencePieceJson(vocabulary.data())
     # every SentencePiece model has an unknown piece

@@ -16,7 +16,7 @@ from model.generate import generate
 from model.metrics import JsonLines
 from model.partitioning import batch_sharding
 from model.train_step import loss_sums
-from model.vocabulary import Vocabulary
+from model.vocabularies.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from model.trainer import Trainer

@@ -28,7 +28,7 @@ class MixtureTokenizer:
 
     def check(self) -> None:
         """Raises StoreError where the tokenizer is missing or damaged, or is not the one the tokens were made with."""
-        from model.vocabulary import Vocabulary  # not needed to read tokens
+        from model.vocabularies.vocabulary import Vocabulary  # not needed to read tokens
 
         if not self.path.exists():
             raise StoreError(f"tokenizer {self.path} is missing; run the tokenizer step again")

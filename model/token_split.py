@@ -115,11 +115,14 @@ class TokenSplit:
         lengths = [np.diff(self.mapped(shard).offsets).astype(np.int32) for shard in range(self.num_shards) if self._parts[shard].documents]
         return self._join(lengths, np.dtype(np.int32))
 
-    def counts(self, vocab_size: int) -> np.ndarray:
-        """How often each id occurs, int64 [vocab_size], in one pass over the shards."""
+    def counts(self, vocab_size: int, at_most: int = 1 << 28) -> np.ndarray:
+        """How often each id occurs, int64 [vocab_size]; of more than `at_most` tokens, in so many of them, evenly spread."""
         total = np.zeros(vocab_size, np.int64)
-        piece = 1 << 22
-        for start in range(0, self.num_tokens, piece):
+        piece = 1 << 20
+        pieces = -(-self.num_tokens // piece)
+        read = min(pieces, max(at_most // piece, 1))
+        for number in range(read):
+            start = number * pieces // read * piece
             total += np.bincount(self.tokens(start, min(start + piece, self.num_tokens)), minlength=vocab_size)
         return total
 

@@ -13,7 +13,7 @@ from model.durable import remove_temporaries, write_json
 from model.mixture_store import MIXTURE_FILE
 from model.token_split import TokenSplit, with_tail
 from model.token_store import TokenStore
-from model.vocabulary import Vocabulary
+from model.vocabularies.vocabulary import Vocabulary
 from tasks.artifacts import Artifact
 from tasks.caching import run_logger, step_task
 from tasks.children import ChildFailed, run_child

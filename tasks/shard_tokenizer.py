@@ -16,11 +16,11 @@ from typing import Literal
 
 import numpy as np
 
-from model.accelerated_encoder import CheckedEncoder, EncoderMismatch
 from model.config_base import Config
 from model.token_store import TokenStoreWriter
 from model.token_writer import ShardLedger, ShardWriter
-from model.vocabulary import Vocabulary
+from model.vocabularies.accelerated_encoder import CheckedEncoder, EncoderMismatch
+from model.vocabularies.vocabulary import Vocabulary
 from tasks.mixture_config import Reading
 from tasks.readers.chat_template import UnusableConversation
 from tasks.readers.conversation import encode_answers

@@ -16,7 +16,7 @@ from prefect.client.schemas.objects import State
 
 from model.durable import write_json
 from model.token_writer import LEDGER_SCHEMA
-from model.vocabulary import Vocabulary
+from model.vocabularies.vocabulary import Vocabulary
 from tasks.artifacts import Artifact
 from tasks.caching import run_logger, step_task
 from tasks.children import ChildFailed, ChildStopped, run_child, stopping

@@ -12,11 +12,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from model.byte_pairs import BytePairs, byte_pairs_of, tokenizer_json
 from model.durable import remove_temporaries, write_durably
-from model.huggingface_vocabulary import CONFIG_FILE, HuggingFaceVocabulary
-from model.sentencepiece_vocabulary import SentencePieceVocabulary
-from model.vocabulary import FILES, Vocabulary
+from model.vocabularies.byte_pairs import BytePairs, byte_pairs_of, tokenizer_json
+from model.vocabularies.huggingface_vocabulary import CONFIG_FILE, HuggingFaceVocabulary
+from model.vocabularies.sentencepiece_vocabulary import SentencePieceVocabulary
+from model.vocabularies.vocabulary import FILES, Vocabulary
 from tasks.artifacts import Artifact
 from tasks.caching import step_task
 from tasks.data_steps import RawFiles, VocabularyFile, VocabularyTraining

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.vocabulary import Vocabulary
+from model.vocabularies.vocabulary import Vocabulary
 from tasks.sources.local_files import is_local, local_path
 from tasks.sources.source_file import DataError, public_location
 from tasks.vocabularies import (
@@ -99,17 +99,17 @@ def not_exportable(tokenizer: Tokenizer) -> str | None:
 def _open(tokenizer: TokenizerFile, file: Path) -> Vocabulary:
     # the libraries of the other kinds are not loaded
     if isinstance(tokenizer, SentencePieceFile):
-        from model.sentencepiece_vocabulary import SentencePieceVocabulary
+        from model.vocabularies.sentencepiece_vocabulary import SentencePieceVocabulary
 
         vocabulary = SentencePieceVocabulary.from_file(file)
         if vocabulary.bos_id is None:
             raise DataError(f"tokenizer path={_shown(tokenizer)!r} defines no BOS; train it with both bos_id and eos_id 0 or above")
         return vocabulary
     if isinstance(tokenizer, HuggingFaceFile):
-        from model.huggingface_vocabulary import HuggingFaceVocabulary
+        from model.vocabularies.huggingface_vocabulary import HuggingFaceVocabulary
 
         return HuggingFaceVocabulary.from_file(file, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
-    from model.tiktoken_vocabulary import TiktokenVocabulary
+    from model.vocabularies.tiktoken_vocabulary import TiktokenVocabulary
 
     return TiktokenVocabulary.from_file(
         file,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from model.vocabulary import Vocabulary
+from model.vocabularies.vocabulary import Vocabulary
 from tasks.sources import PACKAGED_TEXTS
 from tasks.vocabularies import LLAMA3_PATTERN
 from tests.synthetic_vocabulary import small_vocabulary

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 
-from model.byte_pairs import byte_pairs_of, tiktoken_file
+from model.vocabularies.byte_pairs import byte_pairs_of, tiktoken_file
 from tasks.sources.local_files import PACKAGED_TEXTS
 from tasks.vocabularies import BytePairTraining, SentencePieceTraining
 from tasks.vocabulary import train_byte_pairs, train_sentencepiece

@@ -13,11 +13,11 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from model import fast_encoders, guarded_encoder
-from model.accelerated_encoder import CheckedEncoder
-from model.fast_encoders import GigatokenEncoder
-from model.sentencepiece_json import SentencePieceJson
-from model.vocabulary import Encoded, Vocabulary, joined, parts_of
+from model.vocabularies import fast_encoders, guarded_encoder
+from model.vocabularies.accelerated_encoder import CheckedEncoder
+from model.vocabularies.fast_encoders import GigatokenEncoder
+from model.vocabularies.sentencepiece_json import SentencePieceJson
+from model.vocabularies.vocabulary import Encoded, Vocabulary, joined, parts_of
 from tasks.sources.local_files import PACKAGED_TEXTS
 from tasks.vocabularies import SentencePieceTraining
 from tasks.vocabulary import train_sentencepiece

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model.guarded_encoder import EncoderMismatch, GuardedEncoder
-from model.vocabulary import Encoded, Vocabulary
+from model.vocabularies.guarded_encoder import EncoderMismatch, GuardedEncoder
+from model.vocabularies.vocabulary import Encoded, Vocabulary, joined
 
 
 def same(first: Encoded, second: Encoded) -> bool:
@@ -73,6 +73,20 @@ def test_a_difference_is_raised_and_the_reference_used_from_then_on() -> None:
     given = fake.given
     assert same(guarded.encode_batch(texts), Vocabulary.open_bytes().encode_batch(texts))
     assert fake.given == given
+
+
+def test_after_a_difference_the_library_is_used_and_not_the_reference_which_may_be_the_wrong_one() -> None:
+    library = Vocabulary.open_bytes().encode_batch
+    wrong_reference = Fake()
+
+    def reference(texts: Sequence[str]) -> Encoded:
+        return joined(ids for ids in wrong_reference.encode_each(texts)[0] if ids is not None)
+
+    guarded = GuardedEncoder(Fake(), reference, ["a"], library=library)
+    wrong_reference.wrong = lambda text: text == "text"
+    with pytest.raises(EncoderMismatch):
+        guarded.encode_batch(["text"])
+    assert same(guarded.encode_batch(["text", "a"]), library(["text", "a"]))
 
 
 def test_each_thread_that_was_given_doubtful_ids_is_told_once() -> None:

@@ -16,7 +16,7 @@ from model.hf import save_hf
 from model.hf_config import SpecialIds
 from model.hf_tokenizer import HfTokenizer, exportable
 from model.parameters import init_params
-from model.vocabulary import Vocabulary
+from model.vocabularies.vocabulary import Vocabulary
 from tests.synthetic_vocabulary import small_byte_pairs, small_tiktoken, small_vocabulary
 
 SENTENCE = "the quick brown fox jumps over a lazy dog while seventeen zebras quietly examine my broken typewriter and hum an old song again"

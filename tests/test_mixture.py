@@ -15,7 +15,7 @@ from model.batches import BatchLoader
 from model.config_base import Config
 from model.mixture_store import MixtureStore
 from model.token_store import StoreError, TokenStoreWriter
-from model.vocabulary import Vocabulary
+from model.vocabularies.vocabulary import Vocabulary
 from tasks.artifacts import Artifact, commit
 from tasks.data_steps import Mixing
 from tasks.datasets import DataError

@@ -108,7 +108,7 @@ def test_files_that_are_missing_are_named(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_of_another_digest_is_refused(tmp_path: Path) -> None:
-    from model.vocabulary import Vocabulary
+    from model.vocabularies.vocabulary import Vocabulary
 
     vocabulary = Vocabulary.open_bytes()
     mixture = write_mixture(tmp_path, {"plays": 1.0})

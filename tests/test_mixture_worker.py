@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from model.config_base import Config
 from model.token_store import TokenStoreWriter
-from model.vocabulary import Vocabulary
+from model.vocabularies.vocabulary import Vocabulary
 from tasks.artifacts import commit
 from tasks.data_steps import RegisteredTask
 from tasks.mixture_config import Reading

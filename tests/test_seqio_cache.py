@@ -14,7 +14,7 @@ import seqio
 import tensorflow as tf
 
 from model.token_store import StoreError, TokenStore
-from model.vocabulary import Vocabulary
+from model.vocabularies.vocabulary import Vocabulary
 from tasks.mixture_config import Reading
 from tasks.seqio_bridge import seqio_cache
 from tasks.seqio_bridge.seqio_cache import DocumentBlock, document_blocks, examples, export_cache, main, varints

@@ -10,7 +10,7 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from model.vocabulary import Vocabulary
+from model.vocabularies.vocabulary import Vocabulary
 from tasks.seqio_bridge.seqio_documents import TaskDocuments
 from tasks.seqio_bridge.seqio_registry import prepend_bos, replace_task
 from tasks.seqio_bridge.seqio_vocabularies import make_vocabulary

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import seqio
 
-from model.vocabulary import Vocabulary
+from model.vocabularies.vocabulary import Vocabulary
 from tasks.mixture_config import Dataset, Mixture, PromptCompletion, Reading
 from tasks.readers.conversation import encode_answers
 from tasks.readers.text_reader import read_documents, split_of

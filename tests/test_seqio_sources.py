@@ -11,7 +11,7 @@ import pytest
 import seqio
 import tensorflow_datasets as tfds
 
-from model.vocabulary import Vocabulary
+from model.vocabularies.vocabulary import Vocabulary
 from tasks.mixture_config import Chat, PromptCompletion, Reading
 from tasks.readers.conversation import encode_answers
 from tasks.readers.text_reader import split_of

@@ -12,7 +12,7 @@ import seqio
 
 from model.config_base import Config
 from model.token_store import StoreError, TokenStore, TokenStoreWriter
-from model.vocabulary import Vocabulary
+from model.vocabularies.vocabulary import Vocabulary
 from tasks.artifacts import Artifact, commit
 from tasks.seqio_bridge.seqio_registry import add_mixture
 from tasks.seqio_bridge.seqio_store import TokenStoreSource, register_store

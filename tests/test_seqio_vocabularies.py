@@ -12,7 +12,7 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from model.vocabulary import Vocabulary
+from model.vocabularies.vocabulary import Vocabulary
 from tasks.seqio_bridge.seqio_vocabularies import TokenizerVocabulary, make_vocabulary
 from tests.seqio_tokenizers import EOS, KINDS, tokenizer_directory
 

@@ -12,7 +12,7 @@ import pytest
 from model import token_split
 from model.token_store import StoreError, TokenSplit, TokenStore, with_tail
 from model.token_writer import TokenStoreWriter, shard_directory, token_dtype
-from tests.synthetic_stores import BOS, EOS, random_shards, store_writer, write_store
+from tests.synthetic_stores import BOS, EOS, random_shards, store_writer, write_manifest, write_store
 
 
 def flat(shards: list[list[list[int]]]) -> list[int]:
@@ -221,3 +221,15 @@ def test_missing_masks_and_special_ids_are_refused(tmp_path: Path) -> None:
         TokenStoreWriter(tmp_path, vocab_size=512, bos_id=BOS, eos_id=-1, tokenizer_digest="t" * 64)
     with pytest.raises(StoreError, match="bos_id=512"):
         TokenStoreWriter(tmp_path, vocab_size=512, bos_id=512, eos_id=EOS, tokenizer_digest="t" * 64)
+
+
+def test_ids_of_a_large_stream_are_counted_in_evenly_spread_parts(tmp_path: Path) -> None:
+    writer = TokenStoreWriter(tmp_path, vocab_size=8, bos_id=1, eos_id=2, tokenizer_digest="t" * 64)
+    size = 1 << 20
+    with writer.shard("train", 0, 1, "k") as shard:
+        for token in range(3, 7):  # a megatoken of each
+            shard.add(np.full(size, token), 1)
+    write_manifest(tmp_path, "tokens", "n", "f" * 64, writer.stats({"train": 1}))
+    split = TokenStore.open(tmp_path).splits["train"]
+    assert split.counts(8).tolist() == [0, 0, 0, size, size, size, size, 0]
+    assert split.counts(8, at_most=2 * size).tolist() == [0, 0, 0, size, 0, size, 0, 0]

@@ -10,7 +10,7 @@ import pytest
 import seqio
 
 from model.token_store import TokenStore, TokenStoreWriter
-from model.vocabulary import Vocabulary
+from model.vocabularies.vocabulary import Vocabulary
 from tasks.artifacts import commit
 from tasks.data_steps import RegisteredTask, TfdsTask
 from tasks.mixture_config import PromptCompletion, Reading

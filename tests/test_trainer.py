@@ -17,7 +17,7 @@ from model.config import LlamaConfig
 from model.job import TrainingJob
 from model.metrics import read_json_lines
 from model.train_config import SimpleTrainConfig
-from model.vocabulary import Vocabulary
+from model.vocabularies.vocabulary import Vocabulary
 from tasks.datasets import SentencePieceTraining
 from tasks.vocabulary import train_sentencepiece
 from tests.synthetic_stores import write_mixture

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
-from model.byte_pairs import byte_pairs_of
-from model.vocabulary import Vocabulary
+from model.vocabularies.byte_pairs import byte_pairs_of
+from model.vocabularies.vocabulary import Vocabulary
 from tasks import vocabulary
 from tasks.artifacts import Artifact, commit
 from tasks.data_steps import DataSteps, mixture_steps

@@ -19,7 +19,7 @@ import numpy as np
 from model.child import die_with_parent, emit
 from model.config_base import Config
 from model.token_store import StoreError, TokenStore
-from model.vocabulary import Vocabulary
+from model.vocabularies.vocabulary import Vocabulary
 from tasks.data_steps import RegisteredTask, TfdsTask
 from tasks.mixture_config import Reading
 from tasks.seqio_bridge.seqio_names import TENSORFLOW_ENVIRONMENT

@@ -16,7 +16,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from model.vocabulary import Vocabulary
+from model.vocabularies.vocabulary import Vocabulary
 from tasks.seqio_bridge.seqio_registry import FEATURE, LOSS_MASK
 from tasks.seqio_bridge.seqio_vocabularies import TokenizerVocabulary
 from tasks.sources import DataError

@@ -14,7 +14,7 @@ import seqio
 import tensorflow as tf
 
 from model.config_base import nearest
-from model.vocabulary import Vocabulary
+from model.vocabularies.vocabulary import Vocabulary
 from tasks.mixture_config import Chat, Mixture, PromptCompletion, Reading
 from tasks.readers.conversation import encode_answers
 from tasks.seqio_bridge.seqio_sources import FEATURE, TextFilesSource, TfdsTextSource

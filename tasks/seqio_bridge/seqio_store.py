@@ -19,7 +19,7 @@ import tensorflow as tf
 
 from model.token_store import StoreError, TokenStore, artifact_path, read_committed
 from model.token_writer import shard_directory
-from model.vocabulary import Vocabulary
+from model.vocabularies.vocabulary import Vocabulary
 from tasks.seqio_bridge.seqio_cache import document_blocks
 from tasks.seqio_bridge.seqio_registry import FEATURE, LOSS_MASK, replace_task, special_id_steps, trim_loss_mask
 from tasks.seqio_bridge.seqio_sources import chosen_shards

@@ -16,7 +16,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from model.vocabulary import Vocabulary
+from model.vocabularies.vocabulary import Vocabulary
 
 
 def make_vocabulary(tokenizer: str | Path) -> seqio.Vocabulary:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from model.child import die_with_parent, emit
 from model.token_store import StoreError, TokenStoreWriter
-from model.vocabulary import Vocabulary
+from model.vocabularies.vocabulary import Vocabulary
 from tasks.seqio_bridge.seqio_names import TENSORFLOW_ENVIRONMENT
 from tasks.seqio_bridge.tokenization_spec import TokenizationSpec
 from tasks.sources import DataError

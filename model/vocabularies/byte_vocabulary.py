@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from model.vocabulary import Encoded, Vocabulary, VocabularyRecord
+from model.vocabularies.vocabulary import Encoded, Vocabulary, VocabularyRecord
 
 SPECIAL_TOKENS = {"<pad>": 0, "<s>": 1, "</s>": 2}
 FIRST_BYTE = len(SPECIAL_TOKENS)

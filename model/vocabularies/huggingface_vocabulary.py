@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from model.byte_pairs import BytePairs, byte_pairs_of
-from model.vocabulary import FILES, Encoded, Vocabulary, VocabularyRecord, joined, parts_of, read_tokenizer_file
+from model.vocabularies.byte_pairs import BytePairs, byte_pairs_of
+from model.vocabularies.vocabulary import FILES, Encoded, Vocabulary, VocabularyRecord, joined, parts_of, read_tokenizer_file
 
 CONFIG_FILE = "tokenizer_config.json"
 # (BOS, EOS) of files that have no tokenizer_config.json beside them, the first pair that the file has.

@@ -9,7 +9,7 @@ from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
 
-from model.byte_pairs import BytePairs, added_token, bos_first
+from model.vocabularies.byte_pairs import BytePairs, added_token, bos_first
 
 _SPACE = "\u2581"  # SentencePiece's visible space
 _pb2: Any = sentencepiece_model_pb2  # generated at import, so a type checker sees no members

@@ -20,13 +20,13 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
-from model.byte_pairs import tokenizer_json
-from model.fast_encoders import GigatokenEncoder, SentencePieceByTiktoken, TiktokenEncoder
-from model.guarded_encoder import Encode, EncoderMismatch, FastEncoder, GuardedEncoder
-from model.huggingface_vocabulary import HuggingFaceVocabulary
-from model.sentencepiece_vocabulary import SentencePieceVocabulary
-from model.tiktoken_vocabulary import TiktokenVocabulary
-from model.vocabulary import Encoded, Vocabulary
+from model.vocabularies.byte_pairs import tokenizer_json
+from model.vocabularies.fast_encoders import GigatokenEncoder, SentencePieceByTiktoken, TiktokenEncoder
+from model.vocabularies.guarded_encoder import Encode, EncoderMismatch, FastEncoder, GuardedEncoder
+from model.vocabularies.huggingface_vocabulary import HuggingFaceVocabulary
+from model.vocabularies.sentencepiece_vocabulary import SentencePieceVocabulary
+from model.vocabularies.tiktoken_vocabulary import TiktokenVocabulary
+from model.vocabularies.vocabulary import Encoded, Vocabulary
 
 __all__ = ["Accelerator", "CheckedEncoder", "EncoderMismatch"]
 
@@ -115,7 +115,7 @@ class CheckedEncoder:
         return encode
 
     def _sentencepiece(self, vocabulary: SentencePieceVocabulary) -> Encode:
-        from model.sentencepiece_json import SentencePieceJson
+        from model.vocabularies.sentencepiece_json import SentencePieceJson
 
         encode = vocabulary.encode_batch
         model = SentencePieceJson(vocabulary.data())

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from model.byte_pairs import LLAMA3_PATTERN, BytePairs, read_ranks, tokenizer_json
-from model.vocabulary import FILES, Encoded, Vocabulary, VocabularyRecord, joined, read_tokenizer_file
+from model.vocabularies.byte_pairs import LLAMA3_PATTERN, BytePairs, read_ranks, tokenizer_json
+from model.vocabularies.vocabulary import FILES, Encoded, Vocabulary, VocabularyRecord, joined, read_tokenizer_file
 
 _NEVER_FOUND = "\U0010fffe\U0010ffff"
 LLAMA3_SPECIAL_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>")

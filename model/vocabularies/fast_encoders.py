@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from model.byte_pairs import BytePairs
-from model.tiktoken_vocabulary import encode_or_none, is_library_failure, tiktoken_encoding
+from model.vocabularies.byte_pairs import BytePairs
+from model.vocabularies.tiktoken_vocabulary import encode_or_none, is_library_failure, tiktoken_encoding
 
 # How much the process may grow for an object of gigatoken's, for so many objects, before they are made anew, and between
 # how many characters of text that happens.

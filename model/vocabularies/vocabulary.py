@@ -5,7 +5,7 @@
 
 A tokenizer directory holds the tokenizer's own file (tokenizer.model, tokenizer.json or tokenizer.tiktoken; nothing for
 bytes) and vocabulary.json, the `VocabularyRecord`. The library that a kind belongs to is imported when the first text is
-encoded, and its ids are the reference that every faster encoder (model.accelerated_encoder) is held to.
+encoded, and its ids are the reference that every faster encoder (model.vocabularies.accelerated_encoder) is held to.
 
 BOS and EOS are never added here, and text that looks like a special token is plain text: special ids come from
 `special_tokens` alone. Everything here may be used from several threads at once.
@@ -96,7 +96,7 @@ class Vocabulary(ABC):
     @staticmethod
     def open_bytes() -> Vocabulary:
         """The vocabulary of bytes, which has no file."""
-        from model.byte_vocabulary import ByteVocabulary
+        from model.vocabularies.byte_vocabulary import ByteVocabulary
 
         return ByteVocabulary()
 
@@ -186,14 +186,14 @@ def _open_file(path: Path) -> Vocabulary:
 def _class_of(kind: Kind) -> Any:
     # a run loads the library of its own tokenizer only
     if kind == "sentencepiece":
-        from model.sentencepiece_vocabulary import SentencePieceVocabulary
+        from model.vocabularies.sentencepiece_vocabulary import SentencePieceVocabulary
 
         return SentencePieceVocabulary
     if kind == "huggingface":
-        from model.huggingface_vocabulary import HuggingFaceVocabulary
+        from model.vocabularies.huggingface_vocabulary import HuggingFaceVocabulary
 
         return HuggingFaceVocabulary
-    from model.tiktoken_vocabulary import TiktokenVocabulary
+    from model.vocabularies.tiktoken_vocabulary import TiktokenVocabulary
 
     return TiktokenVocabulary
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from model.vocabulary import FILES, Encoded, Vocabulary, VocabularyRecord, joined, read_tokenizer_file
+from model.vocabularies.vocabulary import FILES, Encoded, Vocabulary, VocabularyRecord, joined, read_tokenizer_file
 
 
 class SentencePieceVocabulary(Vocabulary):

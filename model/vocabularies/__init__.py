@@ -1,0 +1,1 @@
+"""Tokenizers of every kind behind one class, and the fastest encoders whose ids are the same."""
