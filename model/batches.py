@@ -106,7 +106,14 @@ class BatchLoader:
 
     def state(self, next_step: int) -> dict[str, Any]:
         """All that a checkpoint has to hold of the data: where it stands, and what the order is a function of."""
-        return {"order_version": ORDER_VERSION, "mixture": self.mixture.fingerprint, "seed": self.seed, "next_step": next_step}
+        return {
+            "order_version": ORDER_VERSION,
+            "mixture": self.mixture.fingerprint,
+            "seed": self.seed,
+            "seq_len": self.seq_len,
+            "global_batch_size": self.global_batch_size,
+            "next_step": next_step,
+        }
 
     def check_state(self, state: Mapping[str, Any], next_step: int) -> None:
         """Raises ValueError where the data state of a checkpoint belongs to other data, another order of it, or another step."""
@@ -136,8 +143,9 @@ class EvalBatches:
     """The validation split of one component in its own order: each token after a document's first is scored once.
 
     In a store with a loss mask only the tokens that it marks are. Every batch has batch_size rows over all processes; the last
-    one is filled up with rows of weight 0. `bytes` is the UTF-8 size of the documents and `scored_tokens` the number of targets
-    that count, so that bits per byte = mean cross-entropy in nats * scored_tokens / bytes / ln 2.
+    one is filled up with rows of weight 0. `bytes` is the UTF-8 size of the scored text and `scored_tokens` the number of targets
+    that count, so that bits per byte = mean cross-entropy in nats * scored_tokens / bytes / ln 2. `bytes` is None where that size
+    is not known: of answers alone, and without BOS, where the first token of a document is never a target.
     """
 
     def __init__(
@@ -150,7 +158,8 @@ class EvalBatches:
         if split is None:
             raise StoreError(f"component {component!r} has no validation tokens; give its dataset a holdout above 0, or a holdout_tail")
         self.name = component
-        self.bytes = split.source_bytes
+        whole = not split.has_loss_mask and opened.tokenizer.bos_id is not None
+        self.bytes = split.source_bytes if whole else None
         self.seq_len = seq_len
         self._split = split
         self._batch_size = batch_size

@@ -26,7 +26,8 @@ def evaluate(
     """`eval/loss` and `eval/bpb` over all components together, `eval/<component>/loss` and `/bpb` for each.
 
     Every held-out token counts once, whatever batch it sits in. The z-loss is a regulariser and no part of these numbers.
-    Bits per byte need every token of a component, so a component cut short by `max_batches` has none.
+    Bits per byte need every token of a component and the size of its text, so a component cut short by `max_batches` has none,
+    nor has one whose `bytes` are not known.
     """
     metrics: dict[str, float] = {}
     totals = np.zeros(3)  # nats, tokens, bytes
@@ -43,10 +44,10 @@ def evaluate(
         if tokens == 0:
             continue
         metrics[f"eval/{component.name}/loss"] = nats / tokens
-        if whole:
+        if whole and component.bytes is not None:
             metrics[f"eval/{component.name}/bpb"] = bits_per_byte(nats, component.bytes)
-        all_whole &= whole
-        totals += (nats, tokens, component.bytes)
+        all_whole &= whole and component.bytes is not None
+        totals += (nats, tokens, component.bytes or 0)
     if totals[1]:
         metrics["eval/loss"] = float(totals[0] / totals[1])
         if all_whole:

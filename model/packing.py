@@ -1,8 +1,8 @@
 """How a stream of documents becomes rows of seq_len tokens: cut end to end, or whole documents packed by best fit.
 
   Windows      seq_len tokens each, one after the other from an offset that moves every epoch; nothing is padding. An epoch
-               leaves out fewer than 2 * seq_len tokens, before the offset and behind the last window; the next one, cut
-               elsewhere, leaves out others
+               leaves out fewer than 2 * seq_len tokens, before the offset and behind the last window; the offset can be any
+               at which the windows still fit, so every token but the stream's first is a target in some epochs
   BestFitPlan  rows ("bins") of whole documents, filled by best-fit decreasing; a document longer than a row is cut
 
 Shapes: D documents, P pieces of documents, R rows, N rows asked for.
@@ -10,9 +10,14 @@ Shapes: D documents, P pieces of documents, R rows, N rows asked for.
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 
 import numpy as np
+
+# Of BestFitPlan, while it is made: measured for documents of one piece each.
+_BYTES_OF_A_PIECE = 65
+_PIECES_WITHOUT_A_WORD = 1 << 31
 
 
 class Windows:
@@ -21,9 +26,9 @@ class Windows:
     def __init__(self, num_tokens: int, seq_len: int) -> None:
         """`num_tokens` is at least seq_len + 1."""
         self.seq_len = seq_len
-        # one window is held back so that every offset fits; a stream of less than two windows has one, and fewer offsets
+        # one window is held back so that the offset can move by more than a window; a stream of less than two windows has one
         self.num_rows = max(num_tokens // seq_len - 1, 1)
-        self._num_offsets = np.uint64(min(num_tokens - self.num_rows * seq_len, seq_len))
+        self._num_offsets = np.uint64(num_tokens - self.num_rows * seq_len)
 
     def starts(self, window_N: np.ndarray, cut_N: np.ndarray) -> np.ndarray:
         """First token of windows in the stream, int64 [N]; `cut_N` uint64 [N] is the random number of the window's epoch."""
@@ -35,15 +40,15 @@ class BestFitPlan:
 
     Best-fit decreasing (Johnson, "Near-optimal bin packing algorithms", 1973; for documents Ding et al., "Fewer truncations
     improve language modeling", 2024) on the counts of each length, so its work grows with the number of lengths and not of
-    documents; the sorts around it take most of the time. It keeps 13 bytes a piece and 8 a row, and needs about 57 bytes a
-    piece while it is made: for 1e8 documents 6 GB, and half a minute.
+    documents; the sorts around it take most of the time. It keeps 13 bytes a piece and 8 a row, and needs about 65 bytes a
+    piece beside the lengths while it is made: 6.5 GB and half a minute for 1e8 documents, 65 GB for 1e9.
     """
 
     def __init__(self, lengths_D: np.ndarray, seq_len: int) -> None:
         """`lengths_D` are the tokens of each document, 1 and up. A document of more than seq_len + 1 is cut into pieces.
 
         The last token of a document has no target in it, so a piece of that token alone would teach nothing: it is left out
-        as input, and a document of seq_len + 1 tokens is one row.
+        as input, and a document of seq_len + 1 tokens is one row. Raises ValueError for more pieces than memory can hold.
         """
         start_P, length_P, ends_P = _pieces(lengths_D, seq_len)
         descending_P = _stable_order(seq_len - length_P, seq_len)
@@ -69,7 +74,12 @@ class BestFitPlan:
 def _pieces(lengths_D: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Start in the stream int64 [P], length int32 [P], whether it holds the document's last token bool [P]."""
     stop_D = np.cumsum(lengths_D, dtype=np.int64)
-    count_D = np.maximum((lengths_D + (seq_len - 2)) // seq_len, 1)
+    # in 64 bits, since the longest document and a row may together pass 2**31
+    count_D = lengths_D.astype(np.int64)
+    count_D += seq_len - 2
+    count_D //= seq_len
+    np.maximum(count_D, 1, out=count_D)
+    _check_memory(int(count_D.sum()))
     start_P = np.repeat(stop_D - lengths_D, count_D)
     cut = np.flatnonzero(count_D > 1)
     if len(cut):
@@ -79,6 +89,24 @@ def _pieces(lengths_D: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray
         start_P[np.repeat(first_K, count_K) + number] += number * seq_len
     left_P = np.repeat(stop_D, count_D) - start_P
     return start_P, np.minimum(left_P, seq_len).astype(np.int32), left_P <= seq_len
+
+
+def _check_memory(num_pieces: int) -> None:
+    """Raises ValueError where a plan of so many pieces needs more memory than the machine has."""
+    needed, present = num_pieces * _BYTES_OF_A_PIECE, _memory_bytes()
+    if needed > present:
+        raise ValueError(
+            f"packing='best_fit' plans {num_pieces} pieces of documents in memory, which takes about {needed / 1e9:.0f} GB, but there are "
+            f"{present / 1e9:.0f} GB; use packing='concat', which needs no plan, or a machine with more memory"
+        )
+
+
+def _memory_bytes() -> int:
+    """The memory of the machine; what 2**31 pieces need where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return _PIECES_WITHOUT_A_WORD * _BYTES_OF_A_PIECE
 
 
 def _stable_order(keys_P: np.ndarray, largest: int) -> np.ndarray:

@@ -10,7 +10,7 @@ import hashlib
 import numpy as np
 
 _ROUNDS = 6
-_RANKED = 16
+_RANKED = 128
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _INCREMENT = np.uint64(0x632BE59BD9B4E019)
 
@@ -39,9 +39,9 @@ def name_key(name: str) -> np.uint64:
 def permute(index_N: np.ndarray, size: np.ndarray | int, key: np.ndarray | np.uint64) -> np.ndarray:
     """A permutation of range(size) chosen by `key`, evaluated at the indices; `size` and `key` broadcast. int64 [N].
 
-    Up to 16: the rank of the index's hash, where every permutation is as likely as any other. Above: an alternating Feistel
+    Up to 128: the rank of the index's hash, where every permutation is as likely as any other. Above: an alternating Feistel
     network over the smallest power of two that holds `size`, with cycle walking (Black and Rogaway, "Ciphers with arbitrary
-    finite domains", 2002), which is too regular for a handful. Needs 0 <= index < size <= 2**52.
+    finite domains", 2002), whose few bits a round make it too regular for small sizes. Needs 0 <= index < size <= 2**52.
     """
     value_N = np.asarray(index_N).astype(np.uint64)
     size_N = np.broadcast_to(np.asarray(size).astype(np.uint64), value_N.shape)
@@ -56,7 +56,7 @@ def permute(index_N: np.ndarray, size: np.ndarray | int, key: np.ndarray | np.ui
 
 
 def _rank(value_N: np.ndarray, size_N: np.ndarray, key_N: np.ndarray) -> np.ndarray:
-    place = np.arange(_RANKED, dtype=np.uint64)
+    place = np.arange(size_N.max(), dtype=np.uint64)
     hashes_NR = np.where(place < size_N[:, None], hash64(key_N[:, None], place), np.uint64(2**64 - 1))
     own_N = np.take_along_axis(hashes_NR, value_N[:, None].astype(np.int64), axis=1)
     return (hashes_NR < own_N).sum(axis=1)

@@ -6,7 +6,6 @@ A split can be cut between documents and joined with another; nothing is copied 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,17 +13,67 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from model.token_writer import BYTES_FILE, LOSS_MASK_FILE, OFFSETS_FILE, TOKENS_FILE, ShardLedger, StoreError
+from model.mapped_files import MAPPINGS, map_file
+from model.shard_ledger import (
+    BYTES_DTYPE,
+    BYTES_FILE,
+    LOSS_MASK_FILE,
+    NPY_HEADER_BYTES,
+    OFFSETS_DTYPE,
+    OFFSETS_FILE,
+    TOKENS_FILE,
+    ShardLedger,
+    StoreError,
+    npy_header,
+)
 
-# A mapped file holds a descriptor, two or three to a shard; the usual limit of a process is 1024.
-MAX_MAPPED_SHARDS = 128
+
+@dataclass(frozen=True)
+class Shard:
+    """A whole shard as files of known sizes."""
+
+    directory: Path
+    documents: int
+    tokens: int
+    source_bytes: int
+
+    def offsets(self, *, checked: bool) -> np.ndarray:
+        """Where its documents start, and the end, int64 [documents + 1].
+
+        Raises StoreError where the file has another size, or, with `checked`, is not an ascending array from 0 to the shard's tokens
+        (reads all of it).
+        """
+        offsets = self._array(OFFSETS_FILE, OFFSETS_DTYPE, self.documents + 1, checked=checked)
+        if checked and not (offsets[0] == 0 and offsets[-1] == self.tokens and bool((offsets[1:] > offsets[:-1]).all())):
+            raise StoreError(f"{self.directory / OFFSETS_FILE} does not ascend from 0 to {self.tokens}; tokenize the dataset again")
+        return offsets
+
+    def document_bytes(self) -> np.ndarray:
+        """The UTF-8 bytes of each document, uint32 [documents]. Raises StoreError where they do not add up to the shard's."""
+        sizes = self._array(BYTES_FILE, BYTES_DTYPE, self.documents, checked=True)
+        if (total := int(sizes.sum(dtype=np.int64))) != self.source_bytes:
+            raise StoreError(
+                f"{self.directory / BYTES_FILE} adds up to {total}, the ledger says {self.source_bytes}; tokenize the dataset again"
+            )
+        return sizes
+
+    def values(self, name: str, dtype: np.dtype[Any]) -> np.ndarray:
+        """One of the files that hold a value for each token [tokens]. Raises StoreError where it has another size."""
+        return map_file(f"{self.directory}/{name}", self.tokens * dtype.itemsize).view(dtype)
+
+    def _array(self, name: str, dtype: np.dtype[Any], count: int, *, checked: bool) -> np.ndarray:
+        path = f"{self.directory}/{name}"
+        content = map_file(path, NPY_HEADER_BYTES + count * dtype.itemsize)
+        if checked and content[:NPY_HEADER_BYTES].tobytes() != npy_header(dtype, count):
+            raise StoreError(f"{path} does not begin as an array of {count} {dtype.name} does; tokenize the dataset again")
+        return content[NPY_HEADER_BYTES:].view(dtype)
 
 
 @dataclass(frozen=True)
 class ShardPart:
     """Some documents of one shard, from document `first_document` on, which begins at token `first_token` of the shard."""
 
-    directory: Path
+    shard: Shard
     documents: int
     tokens: int
     source_bytes: int
@@ -34,20 +83,24 @@ class ShardPart:
     @classmethod
     def whole(cls, directory: Path, ledger: ShardLedger) -> ShardPart:
         """All of a shard."""
-        return cls(directory, ledger.documents, ledger.tokens, ledger.source_bytes)
+        shard = Shard(directory, ledger.documents, ledger.tokens, ledger.source_bytes)
+        return cls(shard, ledger.documents, ledger.tokens, ledger.source_bytes)
 
     def cut(self, document: int) -> tuple[ShardPart, ShardPart]:
-        """What lies before, and from, the part's document number `document`. Reads the shard's index."""
-        offsets = np.load(self.directory / OFFSETS_FILE, mmap_mode="r", allow_pickle=False)
-        sizes = np.load(self.directory / BYTES_FILE, mmap_mode="r", allow_pickle=False)
+        """What lies before, and from, the part's document number `document`. Reads the shard's index; raises StoreError."""
         border = self.first_document + document
-        tokens = int(offsets[border]) - self.first_token
-        size = int(sizes[self.first_document : border].sum(dtype=np.int64))
+        tokens = int(self.shard.offsets(checked=True)[border]) - self.first_token
+        size = int(self.shard.document_bytes()[self.first_document : border].sum(dtype=np.int64))
         left = replace(self, documents=document, tokens=tokens, source_bytes=size)
         right = ShardPart(
-            self.directory, self.documents - document, self.tokens - tokens, self.source_bytes - size, border, self.first_token + tokens
+            self.shard, self.documents - document, self.tokens - tokens, self.source_bytes - size, border, self.first_token + tokens
         )
         return left, right
+
+    def last_document(self, tokens: int) -> int:
+        """The last of the part's documents from which on it has `tokens` tokens or more. Reads the shard's index; raises StoreError."""
+        border = self.first_token + self.tokens - tokens
+        return int(self.shard.offsets(checked=True).searchsorted(border, side="right")) - 1 - self.first_document
 
 
 class Mapped(NamedTuple):
@@ -72,7 +125,8 @@ class TokenSplit:
         self._parts = tuple(parts)
         self.token_base = _bases(part.tokens for part in parts)
         self._document_base = _bases(part.documents for part in parts)
-        self._mapped: OrderedDict[int, Mapped] = OrderedDict()
+        self._mapped: list[Mapped | None] = [None] * len(parts)
+        self._checked = bytearray(len(parts))
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of the stream, in the store's dtype [stop - start]; cost does not depend on where.
@@ -116,14 +170,24 @@ class TokenSplit:
         return self._join(lengths, np.dtype(np.int32))
 
     def counts(self, vocab_size: int, at_most: int = 1 << 28) -> np.ndarray:
-        """How often each id occurs, int64 [vocab_size]; of more than `at_most` tokens, in so many of them, evenly spread."""
+        """How often each id occurs, int64 [vocab_size]; of more than `at_most` tokens, in so many of them, evenly spread.
+
+        Raises StoreError for an id outside the vocabulary: nothing else looks at the ids, which would cost more than to read them.
+        """
         total = np.zeros(vocab_size, np.int64)
         piece = 1 << 20
         pieces = -(-self.num_tokens // piece)
         read = min(pieces, max(at_most // piece, 1))
         for number in range(read):
             start = number * pieces // read * piece
-            total += np.bincount(self.tokens(start, min(start + piece, self.num_tokens)), minlength=vocab_size)
+            found = np.bincount(self.tokens(start, min(start + piece, self.num_tokens)), minlength=vocab_size)
+            if len(found) > vocab_size:
+                shard = self._parts[self.part_at(start)].shard.directory
+                raise StoreError(
+                    f"{shard / TOKENS_FILE}, or a shard soon after it, has the id {len(found) - 1}, the vocabulary has {vocab_size}; "
+                    "tokenize the dataset again"
+                )
+            total += found
         return total
 
     def split_tail(self, tail_tokens: int) -> tuple[TokenSplit, TokenSplit]:
@@ -132,10 +196,7 @@ class TokenSplit:
         while left and missing > 0:
             part = left.pop()
             if part.tokens > missing:
-                offsets = np.load(part.directory / OFFSETS_FILE, mmap_mode="r", allow_pickle=False)
-                border = part.first_token + part.tokens - missing
-                document = int(offsets.searchsorted(border, side="right")) - 1 - part.first_document
-                before, part = part.cut(document)
+                before, part = part.cut(part.last_document(missing))
                 left.append(before)
             tail.append(part)
             missing -= part.tokens
@@ -150,27 +211,32 @@ class TokenSplit:
         return max(0, min(bisect_right(self.token_base, position) - 1, self.num_shards - 1))
 
     def mapped(self, index: int) -> Mapped:
-        """The arrays of part `index`, mapped from its files, and kept while they are among the last that were used."""
-        found = self._mapped.get(index)
-        if found is not None:
-            self._mapped.move_to_end(index)
-            return found
-        self._mapped[index] = self._map(self._parts[index])
-        if len(self._mapped) > MAX_MAPPED_SHARDS:
-            self._mapped.popitem(last=False)
-        return self._mapped[index]
+        """The arrays of part `index`, mapped from its files at the first use and kept as long as `MAPPINGS` allows.
 
-    def _map(self, part: ShardPart) -> Mapped:
-        # plain views: slicing an np.memmap itself costs ten times as much per call
+        Raises StoreError where a file is missing or has another size, and at the first use where the shard's index is damaged.
+        """
+        found = self._mapped[index]
+        if found is None:
+            found = self._mapped[index] = self._map(index)
+            MAPPINGS.add(self, index, 2 if found.loss_mask is None else 3)
+        return found
+
+    def unmap(self, index: int) -> None:
+        """Drops the arrays of part `index`, which are mapped again when they are next used."""
+        self._mapped[index] = None
+
+    def _map(self, index: int) -> Mapped:
+        part = self._parts[index]
         here = slice(part.first_token, part.first_token + part.tokens)
-        tokens = np.asarray(np.memmap(part.directory / TOKENS_FILE, self.dtype, "r"))[here]
-        offsets = np.asarray(np.load(part.directory / OFFSETS_FILE, mmap_mode="r", allow_pickle=False))
+        tokens = part.shard.values(TOKENS_FILE, self.dtype)[here]
+        offsets = part.shard.offsets(checked=not self._checked[index])
+        self._checked[index] = True
         offsets = offsets[part.first_document : part.first_document + part.documents + 1]
         if part.first_token:
             offsets = offsets - part.first_token
         if not self.has_loss_mask:
             return Mapped(tokens, offsets, None)
-        return Mapped(tokens, offsets, np.asarray(np.memmap(part.directory / LOSS_MASK_FILE, np.uint8, "r"))[here])
+        return Mapped(tokens, offsets, part.shard.values(LOSS_MASK_FILE, np.dtype(np.uint8))[here])
 
     def _ranges(self, start: int, stop: int) -> list[tuple[Mapped, int, int]]:
         if not 0 <= start <= stop <= self.num_tokens:

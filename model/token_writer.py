@@ -3,86 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 from array import array
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from model.durable import durable_file, remove_temporaries, sha256_of, write_durably, write_json
+from model.durable import durable_file, remove_temporaries, write_durably, write_json
+from model.shard_ledger import (
+    BYTES_DTYPE,
+    BYTES_FILE,
+    LEDGER_SCHEMA,
+    LOSS_MASK_FILE,
+    OFFSETS_DTYPE,
+    OFFSETS_FILE,
+    TOKENS_FILE,
+    ShardFile,
+    ShardLedger,
+    StoreError,
+    npy_header,
+    shard_directory,
+    token_dtype,
+)
 
-LEDGER_SCHEMA = 2
-TOKENS_FILE, OFFSETS_FILE, BYTES_FILE, LOSS_MASK_FILE = "tokens.bin", "docs.npy", "bytes.npy", "loss_mask.bin"
-
-
-class StoreError(ValueError):
-    """A token store or mixture that is not committed, is damaged, or does not fit what is asked of it."""
-
-
-def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The dtype that holds ids below `vocab_size`: little-endian uint16, or uint32 above 65,536."""
-    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-
-
-def shard_directory(store: Path, split: str, shard: int, num_shards: int) -> Path:
-    """Where shard number `shard` (from 0) of a split lies."""
-    return store / split / f"shard-{shard:05d}-of-{num_shards:05d}"
-
-
-@dataclass(frozen=True)
-class ShardFile:
-    """One data file of a shard."""
-
-    name: str
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class ShardLedger:
-    """What a finished shard holds. `key` identifies the input: equal key, equal output."""
-
-    key: str
-    documents: int
-    tokens: int
-    source_bytes: int
-    files: tuple[ShardFile, ...]
-    skipped: Mapping[str, int] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, directory: Path) -> ShardLedger:
-        """Reads `shard.json`. Raises StoreError where it is missing or malformed."""
-        path = directory / "shard.json"
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-            if value["schema"] != LEDGER_SCHEMA:
-                raise StoreError(f"{path} has schema {value['schema']!r}, this version reads {LEDGER_SCHEMA}; tokenize the dataset again")
-            return cls(
-                key=str(value["key"]),
-                documents=int(value["documents"]),
-                tokens=int(value["tokens"]),
-                source_bytes=int(value["source_bytes"]),
-                files=tuple(ShardFile(str(file["name"]), int(file["bytes"]), str(file["sha256"])) for file in value["files"]),
-                skipped={str(reason): int(count) for reason, count in value["skipped"].items()},
-            )
-        except FileNotFoundError:
-            raise StoreError(f"{path} is missing: the shard was not finished; tokenize the dataset again") from None
-        except StoreError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StoreError(f"{path} is malformed ({type(error).__name__}: {error}); tokenize the dataset again") from None
-
-    def verifies(self, directory: Path) -> bool:
-        """Whether every file of the shard is there with its size and hash (reads the files)."""
-        return all(
-            (path := directory / file.name).is_file() and path.stat().st_size == file.bytes and sha256_of(path) == file.sha256
-            for file in self.files
-        )
+__all__ = ["LEDGER_SCHEMA", "ShardLedger", "ShardWriter", "StoreError", "TokenStoreWriter", "shard_directory", "token_dtype"]
 
 
 class ShardWriter:
@@ -161,7 +108,7 @@ class ShardWriter:
         written = [self._tokens.record(TOKENS_FILE)]
         if self._loss_mask is not None:
             written.append(self._loss_mask.record(LOSS_MASK_FILE))
-        arrays = {OFFSETS_FILE: np.frombuffer(self._offsets, "<i8"), BYTES_FILE: np.frombuffer(self._bytes, "<u4")}
+        arrays = {OFFSETS_FILE: np.frombuffer(self._offsets, OFFSETS_DTYPE), BYTES_FILE: np.frombuffer(self._bytes, BYTES_DTYPE)}
         return written, {name: _npy(values) for name, values in arrays.items()}
 
 
@@ -179,9 +126,7 @@ class _HashedFile:
 
 
 def _npy(values: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, values, allow_pickle=False)
-    return buffer.getvalue()
+    return npy_header(values.dtype, len(values)) + values.tobytes()
 
 
 class TokenStoreWriter:
@@ -208,6 +153,7 @@ class TokenStoreWriter:
         place = shard_directory(self.directory, split, shard, num_shards)
         try:
             ledger = ShardLedger.read(place)
+            ledger.check(place, token_dtype(self.vocab_size), self.loss_mask)
         except StoreError:
             return None
         return ledger if ledger.key == key and ledger.verifies(place) else None

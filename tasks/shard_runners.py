@@ -76,7 +76,7 @@ def make_runner(execution: TokenizeConfig, num_jobs: int) -> TaskRunner[Any]:
         raise DataError("tokenize.runner='dask' needs the package prefect-dask: install prefect-llama[dask]") from None
     if execution.dask_address is not None:
         return DaskTaskRunner(address=execution.dask_address)
-    return DaskTaskRunner(cluster_kwargs={"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None})
+    return DaskTaskRunner(cluster_kwargs={"n_workers": workers, "threads_per_worker": 1, "dashboard_address": "127.0.0.1:0"})
 
 
 def _outcome_of(task: Task[[StoreSpec, ShardJob], ShardResult], spec: StoreSpec, job: ShardJob) -> ShardResult | BaseException:

@@ -7,9 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from model.config_base import Config, runtime
-
-# The split pattern of Llama 3's tokenizer: words with one space in front, digits by threes, runs of other characters.
-LLAMA3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+from model.vocabularies.byte_pairs import LLAMA3_PATTERN
 
 
 class SentencePieceTraining(Config):

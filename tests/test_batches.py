@@ -228,12 +228,17 @@ def test_a_weight_of_zero_is_evaluated_but_never_trained_on(tmp_path: Path) -> N
 def test_the_state_of_a_checkpoint_is_small_and_refuses_other_data(mixture: Placed) -> None:
     batches = loader(mixture)
     state = batches.state(123_456_789)
-    assert state == {"order_version": ORDER_VERSION, "mixture": "f" * 64, "seed": 3, "next_step": 123_456_789}
+    expected = {"order_version": ORDER_VERSION, "mixture": "f" * 64, "seed": 3, "seq_len": 32, "global_batch_size": 8}
+    assert state == {**expected, "next_step": 123_456_789}
     assert len(json.dumps(state)) < 1024
     batches.check_state(json.loads(json.dumps(state)), 123_456_789)
     with pytest.raises(ValueError, match="trained on data with seed=3, here it is 4"):
         loader(mixture, seed=4).check_state(state, 123_456_789)
-    for name, value in {"order_version": 1, "mixture": "e" * 64, "next_step": 7}.items():
+    with pytest.raises(ValueError, match="trained on data with seq_len=32, here it is 16"):
+        loader(mixture, seq_len=16).check_state(state, 123_456_789)
+    with pytest.raises(ValueError, match="trained on data with global_batch_size=8, here it is 16"):
+        loader(mixture, global_batch_size=16).check_state(state, 123_456_789)
+    for name, value in {"order_version": 2, "mixture": "e" * 64, "next_step": 7}.items():
         with pytest.raises(ValueError, match=f"trained on data with {name}={value!r}, here it is .*move the checkpoint away"):
             batches.check_state({**state, name: value}, 123_456_789)
     with pytest.raises(ValueError, match="order_version=None"):
@@ -241,6 +246,6 @@ def test_the_state_of_a_checkpoint_is_small_and_refuses_other_data(mixture: Plac
 
 
 PINNED_BATCHES = {
-    "concat": "a600937212271ad8c40c5d9e4e19c17783456c253d5a78fdbb2a7f7b5e3f8750",
-    "best_fit": "625dcf6b579ad1b78999ce8a811a576991cff275fa175bc78ebd0f2c5c81f62c",
+    "concat": "563793de8f259ceeb5fbeb5e2aa6b6190c75e1c16d4af73ea2b2c7c83c28863a",
+    "best_fit": "0a6777f4b01d09f720761d78d0266a2e6c7ee5bdcaf2276ce357073f22a8a835",
 }

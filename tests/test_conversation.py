@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from model.vocabularies.byte_pairs import LLAMA3_PATTERN
 from tasks.mixture_config import Chat, PromptCompletion
 from tasks.readers.chat_template import UnusableConversation, check_template
 from tasks.readers.conversation import encode_answers
@@ -227,9 +228,6 @@ LLAMA3_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] | trim + '<|eot_id|>' }}{% endgeneration %}"
     "{% else %}{{ message['content'] | trim + '<|eot_id|>' }}{% endif %}{% endfor %}"
 )
-
-
-LLAMA3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 @pytest.mark.oracle

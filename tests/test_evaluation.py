@@ -14,6 +14,7 @@ from model.batches import EvalBatches
 from model.config import LlamaConfig
 from model.evaluation import evaluate
 from model.llama import forward
+from model.losses import LossSums
 from model.mixture_store import MixtureStore
 from model.parameters import init_params
 from model.train_config import SimpleTrainConfig
@@ -65,3 +66,14 @@ def test_a_component_cut_short_has_no_bits_per_byte(components: list[EvalBatches
     assert len(components[0]) > 1
     assert "eval/loss" in metrics
     assert not any(name.endswith("bpb") for name in metrics)
+
+
+def test_text_of_unknown_size_has_a_loss_and_no_bits_per_byte(tmp_path: Path) -> None:
+    mixture = write_mixture(tmp_path, {"a": 1.0}, vocab_size=64, bos_id=None)
+    batches = EvalBatches(mixture, "a", seq_len=16, batch_size=4)
+    assert batches.bytes is None
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sums = LossSums(*(jax.numpy.float32(value) for value in (2.0, 2.0, 0.0, 4.0)))
+    metrics = evaluate(lambda params, batch: sums, None, [batches], sharding)
+    assert metrics["eval/a/loss"] == pytest.approx(0.5)
+    assert not any(key.endswith("bpb") for key in metrics)

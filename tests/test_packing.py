@@ -78,6 +78,24 @@ def test_the_tightest_fit_is_taken() -> None:
     assert sorted(rows) == [[3, 7], [4, 6]]
 
 
+def test_lengths_near_the_limit_of_32_bits_do_not_overflow() -> None:
+    longest = (1 << 31) - 1
+    plan = BestFitPlan(np.array([longest, 5], np.int32), 1 << 20)
+    assert plan.num_tokens == longest + 5
+    assert plan.num_rows == 2049
+    assert sum(int(plan.row(row)[1].sum()) for row in range(plan.num_rows)) == longest + 5
+    assert max(int(plan.row(row)[0].max()) for row in range(plan.num_rows)) == longest
+
+
+def test_a_plan_that_no_memory_holds_is_refused_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"packing='best_fit' plans \d+ pieces .* takes about 71\d{3} GB, .* use packing='concat'"):
+        BestFitPlan(np.array([1 << 40]), 1)
+    monkeypatch.setattr("model.packing.os.sysconf", lambda name: {"SC_PHYS_PAGES": 10, "SC_PAGE_SIZE": 65}[name])
+    assert BestFitPlan(np.full(10, 3), 8).num_tokens == 30
+    with pytest.raises(ValueError, match="plans 11 pieces"):
+        BestFitPlan(np.full(11, 3), 8)
+
+
 def test_a_plan_is_a_function_of_the_lengths_alone() -> None:
     lengths = lengths_of(9, 2000, 3000)
     one, two = BestFitPlan(lengths, 700), BestFitPlan(lengths.astype(np.int32), 700)

@@ -10,7 +10,7 @@ import pytest
 from model.permutation import hash64, name_key, permute
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 16, 17, 18, 31, 32, 33, 100, 1000, 2048, 5741])
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 16, 17, 18, 31, 32, 33, 100, 127, 128, 129, 1000, 2048, 5741])
 def test_permute_is_a_permutation(size: int) -> None:
     assert sorted(permute(np.arange(size), size, hash64(99)).tolist()) == list(range(size))
 
@@ -56,6 +56,30 @@ def test_every_order_of_a_handful_is_as_likely(size: int) -> None:
     expected = len(keys) / len(orders)
     degrees = len(orders) - 1
     assert ((counts - expected) ** 2 / expected).sum() < degrees + 5 * np.sqrt(2 * degrees)
+
+
+@pytest.mark.parametrize("size", [*range(2, 41), 64, 127, 128, 129])
+def test_every_value_is_as_likely_at_every_place(size: int) -> None:
+    # as many keys as the bias of a small Feistel network needs to show: a chi-square 27 to 42 deviations off at sizes 17 to 22
+    total = 200_000 if size in (17, 22, 27) else 20_000
+    counts = np.zeros(size * size, np.int64)
+    for keys in np.split(hash64(9, size, np.arange(total)), 10):
+        for place in range(0, size, 4):
+            places = np.arange(place, min(place + 4, size))
+            values = permute(np.tile(places, len(keys)), size, np.repeat(keys, len(places)))
+            counts += np.bincount(np.tile(places, len(keys)) * size + values, minlength=size * size)
+    degrees, expected = (size - 1) ** 2, total / size
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    assert chi_square - degrees < 5 * np.sqrt(2 * degrees)
+
+
+@pytest.mark.parametrize("size", [2, 4, 8, 16, 32, 64, 128])
+def test_even_and_odd_permutations_are_as_likely(size: int) -> None:
+    keys = hash64(10, size, np.arange(1000))
+    values = permute(np.tile(np.arange(size), len(keys)), size, np.repeat(keys, size)).reshape(-1, size)
+    low, high = np.triu_indices(size, 1)
+    odd = (values[:, low] > values[:, high]).sum(axis=1) % 2
+    assert abs(odd.sum() - 500) < 5 * np.sqrt(250)
 
 
 @pytest.mark.parametrize("size", [17, 33, 64])

@@ -76,6 +76,45 @@ def test_counts_of_random_mixtures_are_within_one_row_of_exact() -> None:
         assert largest_error(schedule, (case + 1) * 10**7 * BLOCK, 40) <= 1
 
 
+def test_many_rare_components_stay_within_one_row_of_exact() -> None:
+    for case in range(30):
+        uniform = hash64(11, case, np.arange(6 + case)) / 2.0**64
+        rare = {f"r{index}": float(10 ** (-3 - 1.2 * part)) for index, part in enumerate(uniform)}
+        assert largest_error(made({"b": 1.0, "c": 0.4, **rare}), 0, 200) <= 1
+
+
+def worst_case(*counts_and_rates: tuple[int, float]) -> dict[str, float]:
+    rates = [rate for count, rate in counts_and_rates for _ in range(count)]
+    return {"b": 1.0, **{f"r{index:02}": rate for index, rate in enumerate(rates)}}
+
+
+@pytest.mark.parametrize(
+    ("mixture", "start", "bound"),
+    [
+        (worst_case((4, 9e-4), (1, 8.5e-4), (1, 4.44e-4), (1, 4.7e-5), (1, 2.76e-5), (1, 6e-6)), 55_896_569, 1.05),
+        (worst_case((5, 8.5e-4), (1, 9e-4), (1, 1.67e-4), (1, 9.8e-5), (1, 7e-5), (1, 3.06e-5)), 5_163_427, 1.05),
+        (worst_case(*((1, 9e-4 * 0.5676**power) for power in range(9))), 59_016_543, 1.05),
+        (worst_case(*((1, 10 ** (-3 - 0.06 * step)) for step in range(20))), 0, 1.05),
+        (worst_case(*((1, 10 ** (-3.05 - 0.02 * step)) for step in range(100))), 0, 1.2),
+    ],
+)
+def test_the_hardest_mixtures_pass_one_row_by_little(mixture: dict[str, float], start: int, bound: float) -> None:
+    assert largest_error(made(mixture), start * BLOCK, 600) < bound
+
+
+def test_hundreds_of_components_that_run_out_one_after_the_other() -> None:
+    draws = hash64(12, np.arange(300)) / 2.0**64
+    weights = {f"c{index:03}": float(10 ** (-5 * draw)) for index, draw in enumerate(draws)}
+    limits = {name: int(1000 + 10**6 * draw) for name, draw in zip(weights, hash64(13, np.arange(300)) / 2.0**64, strict=True)}
+    del limits["c000"]
+    schedule = made(weights, limits=limits)
+    # one denominator for all, which must not grow with every component that runs out
+    assert max(stretch.denominator.bit_length() for stretch in schedule._shares.stretches) < 400
+    assert largest_error(schedule, 0, 300, [limits.get(name) for name in weights]) < 1.5
+    after = schedule.block(10**14).after
+    assert all(count == limits[name] for name, count in zip(weights, after, strict=True) if name in limits)
+
+
 def test_a_share_of_a_millionth_gets_its_rows_and_no_more() -> None:
     schedule = made({"a": 0.999999, "b": 1e-6})
     for rows, expected in ((2 * 10**6, 2), (10**9, 1000), (10**12, 10**6)):

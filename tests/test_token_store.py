@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model import token_split
 from model.token_store import StoreError, TokenSplit, TokenStore, with_tail
 from model.token_writer import TokenStoreWriter, shard_directory, token_dtype
 from tests.synthetic_stores import BOS, EOS, random_shards, store_writer, write_manifest, write_store
@@ -108,13 +107,6 @@ def test_a_store_without_bos_or_mask_says_so(tmp_path: Path) -> None:
     assert store.splits["train"].loss_mask(1, 4).tolist() == [1, 1, 1]
 
 
-def test_mapped_shards_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: list[list[list[int]]]) -> None:
-    monkeypatch.setattr(token_split, "MAX_MAPPED_SHARDS", 2)
-    split = TokenStore.open(write_store(tmp_path / "s", "s", {"train": shards})).splits["train"]
-    np.testing.assert_array_equal(split.tokens(0, split.num_tokens), flat(shards))
-    assert len(split._mapped) == 2
-
-
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(512, "<u2"), (65_536, "<u2"), (65_537, "<u4"), (128_256, "<u4")])
 def test_dtype_is_the_smallest_that_holds_every_id(tmp_path: Path, vocab_size: int, dtype: str) -> None:
     assert token_dtype(vocab_size) == np.dtype(dtype)
@@ -167,6 +159,11 @@ def test_a_shard_counts_only_with_its_key_and_its_hashes(tmp_path: Path) -> None
         assert writer.committed("train", 0, 1, "s-train-0") is None
         (place / name).write_bytes(whole)
     assert writer.committed("train", 0, 1, "s-train-0") is not None
+    # nor where the ledger lists less than the shard must have
+    assert store_writer(tmp_path, loss_mask=True).committed("train", 0, 1, "s-train-0") is None
+    ledger = json.loads((place / "shard.json").read_text(encoding="utf-8"))
+    (place / "shard.json").write_text(json.dumps({**ledger, "files": []}), encoding="utf-8")
+    assert writer.committed("train", 0, 1, "s-train-0") is None
 
 
 def half_written(writer: TokenStoreWriter) -> None:

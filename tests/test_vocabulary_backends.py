@@ -23,7 +23,6 @@ from model.vocabularies.huggingface_vocabulary import HuggingFaceVocabulary
 from model.vocabularies.sentencepiece_vocabulary import SentencePieceVocabulary
 from model.vocabularies.tiktoken_vocabulary import TiktokenVocabulary
 from model.vocabularies.vocabulary import Vocabulary
-from tasks import vocabularies
 from tests.synthetic_vocabulary import small_byte_pairs, small_tiktoken, small_vocabulary
 from tests.test_hf_tokenizer import train
 
@@ -242,7 +241,6 @@ def test_tiktoken_files_and_tokenizer_json_are_two_spellings_of_one_thing(tmp_pa
     pairs = byte_pairs.BytePairs(ranks, byte_pairs.LLAMA3_PATTERN)
     assert byte_pairs_of(tokenizer_json(pairs, {"<|end|>": 700})) == pairs
     assert base64.b64decode(small_tiktoken().splitlines()[0].split()[0]) == b"!"
-    assert byte_pairs.LLAMA3_PATTERN == vocabularies.LLAMA3_PATTERN
 
 
 @pytest.mark.parametrize(
