@@ -38,7 +38,7 @@ def use_temporary_server() -> None:
             self.starts += 1
             if self.starts > MOST_STARTS:  # Prefect starts one that ended with status 3 again, for ever
                 raise RuntimeError(
-                    f"Prefect's temporary server ended {MOST_STARTS} times while starting, see above: "
+                    f"Prefect's temporary server ended {MOST_STARTS} times while starting, see temporary-server.log there: "
                     f"move its database in {PREFECT_HOME.value()} away, or set PREFECT_HOME to another directory"
                 )
             checkout = str(Path(__file__).resolve().parent.parent)
@@ -51,7 +51,9 @@ def use_temporary_server() -> None:
                 "PYTHONPATH": os.pathsep.join([checkout, *filter(None, [os.environ.get("PYTHONPATH")])]),
             }
             command = [sys.executable, "-m", "flows.temporary_server", str(self.port)]
-            return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, start_new_session=True)
+            # what it says while it ends, of writes that nobody waits for, is not for the terminal
+            with (PREFECT_HOME.value() / "temporary-server.log").open("ab") as log:
+                return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stderr=log, start_new_session=True)
 
     if not PREFECT_API_URL.value() and PREFECT_SERVER_EPHEMERAL_ENABLED.value():
         TemporaryServer()  # Prefect keeps one instance for each port, and asks for that of no particular port

@@ -15,9 +15,10 @@ TEMPORARY_SUFFIX = ".tmp"
 
 
 @contextmanager
-def durable_file(path: Path) -> Iterator[BinaryIO]:
+def durable_file(path: Path, *, sync_name: bool = True) -> Iterator[BinaryIO]:
     """A binary file that takes the name `path` only when the block ends well, and is on disk by then.
 
+    sync_name False: its name may still be lost with the power, for a file that another one in the directory follows.
     Raises whatever the block or the file system raises; nothing is left behind in that case.
     """
     temporary = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
@@ -30,12 +31,13 @@ def durable_file(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_directory(path.parent)
+    if sync_name:
+        sync_directory(path.parent)
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Writes `data` as the whole content of `path`."""
-    with durable_file(path) as file:
+def write_durably(path: Path, data: bytes, *, sync_name: bool = True) -> None:
+    """Writes `data` as the whole content of `path`; see `durable_file`."""
+    with durable_file(path, sync_name=sync_name) as file:
         file.write(data)
 
 

@@ -167,13 +167,13 @@ class TokenStoreWriter:
         for name in ("shard.json", TOKENS_FILE, OFFSETS_FILE, BYTES_FILE, LOSS_MASK_FILE):
             (place / name).unlink(missing_ok=True)
         with ExitStack() as stack:
-            tokens = stack.enter_context(durable_file(place / TOKENS_FILE))
-            loss_mask = stack.enter_context(durable_file(place / LOSS_MASK_FILE)) if self.loss_mask else None
+            tokens = stack.enter_context(durable_file(place / TOKENS_FILE, sync_name=False))
+            loss_mask = stack.enter_context(durable_file(place / LOSS_MASK_FILE, sync_name=False)) if self.loss_mask else None
             writer = ShardWriter(tokens, loss_mask, self.vocab_size)
             yield writer
             files, contents = writer.finish()
         for name, content in contents.items():
-            write_durably(place / name, content)
+            write_durably(place / name, content, sync_name=False)
             files.append(ShardFile(name, len(content), hashlib.sha256(content).hexdigest()))
         ledger = ShardLedger(key, writer.documents, writer.tokens, writer.source_bytes, tuple(files), writer.skipped)
         write_json(place / "shard.json", {"schema": LEDGER_SCHEMA, **asdict(ledger)})

@@ -22,11 +22,13 @@ _POLL_SECONDS = 0.25
 
 
 class _QuietShards(logging.Filter):
-    """One line for each of a thousand shards that went well hides the line that matters."""
+    """A line for each of a thousand shards hides the line that matters: the step itself says what came of them, by name."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Leaves out what Prefect says of a shard that was made."""
-        return not (str(getattr(record, "task_run_name", "")).startswith("shard ") and "Completed()" in record.getMessage())
+        """Leaves out what Prefect says of the end of a shard; that one is tried again stays."""
+        if not str(getattr(record, "task_run_name", "")).startswith("shard "):
+            return True
+        return not record.getMessage().startswith(("Finished in state", "Task run failed with exception"))
 
 
 _quiet_shards = _QuietShards()

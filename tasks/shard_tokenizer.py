@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from pydantic import Field
 
 from model.config_base import Config
+from model.durable import write_durably
 from model.token_store import TokenStoreWriter
 from model.token_writer import ShardLedger, ShardWriter
 from model.vocabularies.accelerated_encoder import CheckedEncoder, EncoderMismatch
@@ -24,11 +25,12 @@ from model.vocabularies.vocabulary import Vocabulary
 from tasks.mixture_config import Reading
 from tasks.readers.chat_template import UnusableConversation
 from tasks.readers.conversation import encode_answers
-from tasks.readers.text_reader import read_documents, split_of
+from tasks.readers.text_reader import Skipped, read_documents, split_of
 from tasks.sources import DataError
 
 # Texts are handed to the encoder by so much: enough to fill its threads, little enough to bound memory with its results.
 BATCH_BYTES = 4 << 20
+SKIPPED = "skipped"  # below the store: where bad documents are, a file a shard
 _loading = threading.Lock()
 
 
@@ -39,6 +41,7 @@ class StoreSpec(Config):
     tokenizer: str
     digest: str
     reading: Reading
+    source_root: str = ""
     accelerator: Literal["auto", "none"] = "auto"
 
 
@@ -60,6 +63,8 @@ class ShardResult(Config):
     tokens: int
     source_bytes: int
     kept: bool
+    skipped: dict[str, int] = Field(default={})
+    places: tuple[str, ...] = ()
     warning: str | None = None
 
 
@@ -111,7 +116,8 @@ def store_writer(directory: Path, vocabulary: Vocabulary, *, loss_mask: bool) ->
 
 def _result(job: ShardJob, parts: Sequence[ShardLedger | ShardWriter], *, kept: bool) -> ShardResult:
     documents, tokens = sum(part.documents for part in parts), sum(part.tokens for part in parts)
-    return ShardResult(shard=job.shard, documents=documents, tokens=tokens, source_bytes=job.source_bytes, kept=kept)
+    skipped = {reason: count for part in parts for reason, count in part.skipped.items() if reason != "empty"}
+    return ShardResult(shard=job.shard, documents=documents, tokens=tokens, source_bytes=job.source_bytes, kept=kept, skipped=skipped)
 
 
 def _write(
@@ -122,18 +128,18 @@ def _write(
     job: ShardJob,
     stopping: Callable[[], bool],
 ) -> ShardResult:
-    skipped: Counter[str] = Counter()
+    skipped = Skipped()
     with ExitStack() as stack:
         shards = {split: stack.enter_context(writer.shard(split, job.shard, job.of, job.key)) for split in splits_of(spec.reading)}
         batches = {split: _Batch(shard, vocabulary, encoder, spec.reading) for split, shard in shards.items()}
         for path in job.files:
-            for text in read_documents(path, spec.reading, skipped):
+            for number, text in enumerate(read_documents(path, spec.reading, skipped), start=1):
                 try:
                     written = batches[split_of(text, spec.reading.holdout)].add(text)
                 except UnusableConversation as error:
                     if spec.reading.on_bad_document == "fail":
-                        raise DataError(f"{path}: {error}, or set on_bad_document='skip'") from None
-                    skipped["unusable"] += 1
+                        raise DataError(f"{path} conversation {number}: {error}, or set on_bad_document='skip'") from None
+                    skipped.note("unusable", f"{path} conversation {number}")
                     continue
                 if written and stopping():
                     raise Stopped
@@ -141,7 +147,20 @@ def _write(
             batch.flush()
         # every document is read once, so what is skipped is counted once
         next(iter(shards.values())).skipped = dict(skipped)
-    return _result(job, list(shards.values()), kept=False)
+        places = _write_places(spec, job, skipped)
+    return _result(job, list(shards.values()), kept=False).model_copy(update={"places": places})
+
+
+def _write_places(spec: StoreSpec, job: ShardJob, skipped: Skipped) -> tuple[str, ...]:
+    """Keeps where the first bad documents of a shard are, by the names of the source files, and returns them."""
+    file = Path(spec.directory) / SKIPPED / f"shard-{job.shard:05d}-of-{job.of:05d}.txt"
+    places = tuple(place.removeprefix(f"{spec.source_root}/") for place in skipped.places)
+    if places:
+        file.parent.mkdir(exist_ok=True)
+        write_durably(file, "".join(f"{place}\n" for place in places).encode())
+    else:
+        file.unlink(missing_ok=True)
+    return places
 
 
 class _Batch:
@@ -169,20 +188,28 @@ class _Batch:
         """Encodes and writes what is there."""
         texts, self._texts, self._characters = self._texts, [], 0
         if texts:
+            first = self._shard.documents
             ids, lengths = self._encoder.encode_batch(texts)
             sizes = np.fromiter((len(text) if text.isascii() else len(text.encode()) for text in texts), np.int64, len(texts))
-            self._shard.add_batch(*with_special_ids(ids, lengths, self._vocabulary.bos_id, self._vocabulary.eos_id), sizes)
+            with_both = with_special_ids(ids, lengths, self._vocabulary.bos_id, self._vocabulary.eos_id, first)
+            self._shard.add_batch(*with_both, sizes)
 
 
-def with_special_ids(ids: np.ndarray, lengths: np.ndarray, bos_id: int | None, eos_id: int) -> tuple[np.ndarray, np.ndarray]:
+def with_special_ids(
+    ids: np.ndarray, lengths: np.ndarray, bos_id: int | None, eos_id: int, first: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Documents [total] of `lengths` [N] with BOS (where there is one) before and EOS after each: (ids, lengths).
 
+    `first` is the number of the first of them, for the message.
     Raises DataError where a document holds one of them already: the tokenizer must not make them from text.
     """
     for name, value in (("BOS", bos_id), ("EOS", eos_id)):
         if value is not None and (found := np.flatnonzero(ids == value)).size:
             document = int(np.searchsorted(np.cumsum(lengths), found[0], side="right"))
-            raise DataError(f"the tokenizer makes {name} (id {value}) from the text of a document, the {document + 1}th of its batch")
+            raise DataError(
+                f"the tokenizer makes {name} (id {value}) out of the text of document {first + document} of the shard: in its file "
+                f"{name} is an ordinary piece; make it a control token there, or name another token as {name.lower()}_token"
+            )
     before = 0 if bos_id is None else 1
     longer = lengths + (before + 1)
     ends = np.cumsum(longer)

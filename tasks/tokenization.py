@@ -6,6 +6,7 @@ import errno
 import hashlib
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,13 @@ from tasks.artifacts import Artifact
 from tasks.caching import run_logger, step_task
 from tasks.children import ChildFailed, ChildStopped, run_child, stopping
 from tasks.data_steps import RawFiles, RegisteredTask, TfdsTask, Tokenization
-from tasks.download import naming_originals, raw_files
+from tasks.download import FILES, naming_originals, raw_files
 from tasks.fingerprints import canonical_json
 from tasks.manifests import read_manifest
 from tasks.progress import StepProgress
 from tasks.seqio_bridge.tokenization_spec import TokenizationSpec
 from tasks.shard_runners import run_mapped
-from tasks.shard_tokenizer import ShardJob, ShardResult, Stopped, StoreSpec, splits_of, store_writer, write_shard
+from tasks.shard_tokenizer import SKIPPED, ShardJob, ShardResult, Stopped, StoreSpec, splits_of, store_writer, write_shard
 from tasks.sources import DataError
 from tasks.steps import Step
 from tasks.tokenize_config import TokenizeConfig
@@ -97,6 +98,7 @@ def _tokenize_files(step: Step, config: Tokenization, directory: Path, raw: Path
         tokenizer=str(tokenizer),
         digest=digest,
         reading=config.reading,
+        source_root=str(raw / FILES),
         accelerator=execution.accelerator,
     )
     with naming_originals(files, raw_config):
@@ -109,10 +111,14 @@ def _map(name: str, spec: StoreSpec, jobs: Sequence[ShardJob], execution: Tokeni
     logger = run_logger()
     failures: dict[int, BaseException] = {}
     documents = tokens = kept = 0
+    skipped: Counter[str] = Counter()
+    places: list[str] = []
     with StepProgress(f"tokenize {name}", sum(job.source_bytes for job in jobs)) as progress:
         for job, outcome in run_mapped(tokenize_shard, spec, jobs, execution):
             if isinstance(outcome, ShardResult):
                 documents, tokens, kept = documents + outcome.documents, tokens + outcome.tokens, kept + outcome.kept
+                skipped.update(outcome.skipped)
+                places += outcome.places
                 if outcome.warning:
                     logger.warning("%s shard %d of %d: %s", name, job.shard, job.of, outcome.warning)
             else:
@@ -124,6 +130,12 @@ def _map(name: str, spec: StoreSpec, jobs: Sequence[ShardJob], execution: Tokeni
         )
     if failures:
         raise _failure(name, failures, jobs)
+    if skipped:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in skipped.most_common())
+        where = f"; the first of them: {'; '.join(places[:3])}" if places else ""
+        logger.warning(
+            "%s: %d bad documents skipped (%s), listed in %s/%s%s", name, skipped.total(), reasons, spec.directory, SKIPPED, where
+        )
     logger.info("%s: %d documents, %d tokens in %d shard(s), %d of them kept", name, documents, tokens, len(jobs), kept)
 
 
@@ -175,6 +187,9 @@ def _remove_other_shards(store: Path, counts: Mapping[str, int]) -> None:
         for directory in (store / split).glob("shard-*-of-*"):
             if not directory.name.endswith(f"-of-{count:05d}"):
                 shutil.rmtree(directory)
+    for file in (store / SKIPPED).glob("shard-*-of-*.txt"):
+        if not file.stem.endswith(tuple(f"-of-{count:05d}" for count in counts.values())):
+            file.unlink()
 
 
 def _run_seqio(step: Step, config: RegisteredTask | TfdsTask, directory: Path, tokenizer: Path) -> tuple[dict[str, int], bool]:
@@ -190,6 +205,10 @@ def _run_seqio(step: Step, config: RegisteredTask | TfdsTask, directory: Path, t
     write_json(path, spec.model_dump(mode="json"))
     error: dict[str, Any] = {}
     shards: dict[str, Any] = {}
+    run_logger().info(
+        "%s is read through SeqIO, in a process of its own%s", step.name,
+        f"; TFDS {config.name} is downloaded and prepared where it is not yet" if isinstance(config, TfdsTask) else "",
+    )  # fmt: skip
     with StepProgress(f"tokenize {step.name}", None) as progress:
 
         def on_event(event: dict[str, Any]) -> None:

@@ -51,10 +51,10 @@ class HuggingFaceFile(Config):
         ..., min_length=1, description="The `tokenizer.json`, a path or a URL such as hf://org/name@revision/tokenizer.json."
     )
     bos_token: str | None = Field(
-        default=None, description="Before each document. Unset: as tokenizer_config.json beside it says, else known names."
+        default=None, description="Before each document. Unset: as tokenizer_config.json beside a local file says, else known names."
     )
     eos_token: str | None = Field(
-        default=None, description="After each document. Unset: as tokenizer_config.json beside it says, else known names."
+        default=None, description="After each document. Unset: as tokenizer_config.json beside a local file says, else known names."
     )
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$", description="Its digest; needed for a URL without a revision.")
     vocab_size: int | None = Field(default=None, ge=2, description="Its number of ids; needed for a URL, so that a plan downloads nothing.")

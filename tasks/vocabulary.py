@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import chain
@@ -14,7 +13,7 @@ from typing import Any
 
 from model.durable import remove_temporaries, write_durably
 from model.vocabularies.byte_pairs import BytePairs, byte_pairs_of, tokenizer_json
-from model.vocabularies.huggingface_vocabulary import CONFIG_FILE, HuggingFaceVocabulary
+from model.vocabularies.huggingface_vocabulary import HuggingFaceVocabulary
 from model.vocabularies.sentencepiece_vocabulary import SentencePieceVocabulary
 from model.vocabularies.vocabulary import FILES, Vocabulary
 from tasks.artifacts import Artifact
@@ -24,9 +23,9 @@ from tasks.download import naming_originals, raw_files
 from tasks.mixture_config import Reading
 from tasks.readers.text_reader import read_documents, split_of
 from tasks.sources.local_files import is_local
-from tasks.sources.source_file import DataError, public_location
+from tasks.sources.source_file import DataError
 from tasks.steps import Step
-from tasks.vocabularies import BytePairTraining, ByteTokenizer, HuggingFaceFile, SentencePieceTraining, TokenizerFile
+from tasks.vocabularies import BytePairTraining, ByteTokenizer, SentencePieceTraining, TokenizerFile
 from tasks.vocabulary_file import open_tokenizer
 
 MODEL = FILES["sentencepiece"]
@@ -86,7 +85,7 @@ def training_sentences(sources: list[tuple[list[Path], Reading]], max_bytes: int
     """
     for files, reading in sources:
         left = max_bytes // len(sources)
-        for document in (document for path in files for document in read_documents(path, reading, Counter())):
+        for document in (document for path in files for document in read_documents(path, reading)):
             if split_of(document, reading.holdout) != "train":
                 continue
             for text in [document] if reading.answers is None else _said(document):
@@ -193,21 +192,11 @@ def _existing(config: VocabularyFile, directory: Path) -> Vocabulary:
 
 
 def _fetched(tokenizer: TokenizerFile, directory: Path) -> Path:
-    """The file at a URL and, where it may name BOS and EOS, the tokenizer_config.json beside it."""
+    """The file at a URL. Nothing beside it is fetched, so nothing that is not in the fingerprint changes an id."""
     from tasks.sources.transfer import fetch_file
 
     path = directory / FILES[tokenizer.kind]
     fetch_file(tokenizer.path, path, sha256=tokenizer.sha256)
-    if isinstance(tokenizer, HuggingFaceFile) and (tokenizer.bos_token is None or tokenizer.eos_token is None):
-        location, mark, query = tokenizer.path.partition("?")
-        beside = f"{location.rpartition('/')[0]}/{CONFIG_FILE}{mark}{query}"
-        try:
-            fetch_file(beside, directory / CONFIG_FILE, sha256=None)
-        except DataError as error:
-            raise DataError(
-                f"tokenizer path={public_location(tokenizer.path)!r}: {CONFIG_FILE} beside it, which says what BOS and EOS are, "
-                f"cannot be had ({error}); set both tokenizer.bos_token and tokenizer.eos_token, or download the file and give its path"
-            ) from None
     return path
 
 

@@ -20,8 +20,8 @@ from tasks.vocabularies import (
     TokenizerFile,
 )
 
-# hf://org/name@revision/file and the like: what is pinned needs no digest
-_PINNED = re.compile(r"hf://[^@]+@[^/]+/", re.IGNORECASE)
+# hf://org/name@commit/file and the like: what is pinned needs no digest; a branch is not, it moves
+_PINNED = re.compile(r"hf://[^@]+@[0-9a-f]{40}/", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,12 @@ def _declared(tokenizer: TokenizerFile) -> VocabularyInfo:
     if tokenizer.sha256 is None and not _PINNED.match(tokenizer.path):
         raise DataError(
             f"tokenizer path={_shown(tokenizer)!r} can change: set sha256 to the digest of the file, or give "
-            "hf://organization/name@revision/file"
+            "hf://organization/name@commit/file with all 40 digits of the commit"
+        )
+    if isinstance(tokenizer, HuggingFaceFile) and tokenizer.eos_token is None:
+        raise DataError(
+            f"tokenizer path={_shown(tokenizer)!r} is a URL and eos_token is not set: set it, and bos_token where the tokenizer has one, "
+            "so that no other file decides what goes around documents"
         )
     ids: dict[str, int] = {}
     if isinstance(tokenizer, TiktokenFile):

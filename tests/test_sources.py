@@ -166,13 +166,15 @@ def test_links_inside_the_root_are_fine_and_loops_end(tmp_path: Path) -> None:
         ("contest-values.txt", None),
         ("evaluation.txt", None),
         ("train-00000-of-00001.txt", None),
+        ("Tests.txt", "Tests"),
+        ("held_out.txt", "held_out"),
     ],
 )
 def test_names_of_held_out_data_are_refused_for_training(tmp_path: Path, name: str, refused: str | None) -> None:
-    path = tmp_path / "test" / name
+    path = tmp_path / "texts" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("text\n", encoding="utf-8")
-    given = dataset(tmp_path / "test" / "**" / "*.txt")
+    given = dataset(tmp_path / "texts" / "**" / "*.txt")
     check_files(given, trained=False)
     check_files(given.model_copy(update={"allow_test_in_train": True}), trained=True)
     if refused is None:
@@ -180,6 +182,17 @@ def test_names_of_held_out_data_are_refused_for_training(tmp_path: Path, name: s
         return
     with pytest.raises(DataError, match=rf"dataset 'web': {path} has {refused!r} in its name.*allow_test_in_train=true"):
         check_files(given, trained=True)
+
+
+@pytest.mark.parametrize("pattern", ["*.txt", "part-0.txt"])
+def test_a_directory_of_held_out_data_is_refused_too_but_none_further_up(tmp_path: Path, pattern: str) -> None:
+    for directory in ("validation", "test/corpus"):
+        path = tmp_path / directory / "part-0.txt"
+        path.parent.mkdir(parents=True)
+        path.write_text("text\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"has 'validation' in its name"):
+        check_files(dataset(tmp_path / "validation" / pattern), trained=True)
+    check_files(dataset(tmp_path / "test" / "corpus" / pattern), trained=True)
 
 
 def test_digests_of_large_files_are_remembered_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -242,34 +242,32 @@ def test_sizes_are_known_before_anything_is_made() -> None:
 
 
 def test_of_a_url_a_plan_takes_what_is_declared() -> None:
-    pinned = "hf://meta/llama@0123abc/tokenizer.json"
-    declared = inspect_tokenizer(HuggingFaceFile(path=pinned, vocab_size=128256))
+    pinned, named = f"hf://meta/llama@{'0123abcd' * 5}/tokenizer.json", {"eos_token": "<|end_of_text|>"}
+    declared = inspect_tokenizer(HuggingFaceFile(path=pinned, vocab_size=128256, **named))
     assert (declared.vocab_size, declared.digest, declared.eos_id) == (128256, None, None)
     tiktoken = inspect_tokenizer(TiktokenFile(path="gs://b/t", sha256="0" * 64, vocab_size=128002))
     assert (tiktoken.bos_id, tiktoken.eos_id) == (128000, 128001)
     with pytest.raises(DataError, match="is a URL and vocab_size is not set: a plan downloads nothing, so set it"):
-        inspect_tokenizer(HuggingFaceFile(path=pinned))
-    for path in ("hf://meta/llama/tokenizer.json", "https://host/tokenizer.json?secret=1"):
+        inspect_tokenizer(HuggingFaceFile(path=pinned, **named))
+    with pytest.raises(DataError, match="is a URL and eos_token is not set: set it, and bos_token where the tokenizer has one"):
+        inspect_tokenizer(HuggingFaceFile(path=pinned, vocab_size=128256))
+    # a branch moves
+    for path in ("hf://meta/llama/tokenizer.json", "hf://meta/llama@main/tokenizer.json", "https://host/tokenizer.json?secret=1"):
         with pytest.raises(DataError, match="can change: set sha256 to the digest of the file") as raised:
-            inspect_tokenizer(HuggingFaceFile(path=path, vocab_size=128256))
+            inspect_tokenizer(HuggingFaceFile(path=path, vocab_size=128256, **named))
         assert "secret" not in str(raised.value)
 
 
-def test_a_tokenizer_at_a_url_is_fetched_with_what_names_its_bos_and_eos(tmp_path: Path) -> None:
+def test_a_tokenizer_at_a_url_is_fetched_and_nothing_beside_it(tmp_path: Path) -> None:
     data = small_byte_pairs()
     digest = hashlib.sha256(data).hexdigest()
     with loopback() as server:
         server.put("/org/tokenizer.json", data)
-        url = f"{server.url}/org/tokenizer.json"
-        tokenizer = HuggingFaceFile(path=url, sha256=digest, vocab_size=600)
-        with pytest.raises(DataError, match=r"tokenizer_config\.json beside it, .* set both tokenizer\.bos_token and tokenizer\.eos_token"):
-            make(tmp_path / "one", steps(tokenizer))
         server.put("/org/tokenizer_config.json", json.dumps({"bos_token": None, "eos_token": "<|end_of_text|>"}).encode())
-        directory, stats = make(tmp_path / "two", steps(tokenizer))
-        assert (stats["bos_id"], stats["eos_id"]) == (None, 599)
-        assert Vocabulary.open(directory).digest == stats["digest"]
+        url = f"{server.url}/org/tokenizer.json"
         named: dict[str, Any] = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
-        _, stats = make(tmp_path / "three", steps(HuggingFaceFile(path=url, sha256=digest, vocab_size=600, **named)))
+        directory, stats = make(tmp_path / "one", steps(HuggingFaceFile(path=url, sha256=digest, vocab_size=600, **named)))
+        assert Vocabulary.open(directory).digest == stats["digest"]
         assert (stats["bos_id"], stats["eos_id"]) == (598, 599)
         with pytest.raises(DataError, match="has 600 ids, not vocab_size=601"):
-            make(tmp_path / "four", steps(HuggingFaceFile(path=url, sha256=digest, vocab_size=601, **named)))
+            make(tmp_path / "two", steps(HuggingFaceFile(path=url, sha256=digest, vocab_size=601, **named)))

@@ -100,7 +100,8 @@ class CheckedEncoder:
         """gigatoken over what `make_json` gives, held to `encode`; `encode` itself where that cannot be."""
         if self._accelerator == "none":
             return encode
-        return self._guarded(encode, "gigatoken", lambda: GigatokenEncoder(make_json()), tokens)
+        byte_pairs = self._vocabulary.kind != "sentencepiece"
+        return self._guarded(encode, "gigatoken", lambda: GigatokenEncoder(make_json(), byte_pairs=byte_pairs), tokens)
 
     def _guarded(self, encode: Encode, name: str, make: Callable[[], FastEncoder], tokens: Iterable[str]) -> Encode:
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import threading
 import weakref
@@ -80,6 +79,20 @@ class SentencePieceByTiktoken:
         return self._ids[np.repeat(shifts, lengths) + np.arange(total)]
 
 
+class FlatIds(Sequence[np.ndarray]):
+    """Ids of many texts in one array, as they come out of a library: a sequence of views that are made when asked for."""
+
+    def __init__(self, ids: np.ndarray, ends: np.ndarray) -> None:
+        """`ids` uint32 [total]; `ends` [texts + 1] begins with 0."""
+        self.ids, self.ends = ids, ends
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.ids[self.ends[index] : self.ends[index + 1]]
+
+
 class GigatokenEncoder:
     """gigatoken over a tokenizer.json without special tokens.
 
@@ -88,16 +101,17 @@ class GigatokenEncoder:
     earliest after 16 MiB of text; where the system does not tell its size, after 64 MiB of text.
 
     Each object serves one thread at a time. Its `encode` remembers across calls but holds the interpreter; its
-    `encode_batch`, for many threads, lets go of it and costs more processor time on SentencePiece. Same ids.
+    `encode_batch`, for many threads and for byte pairs, lets go of it and costs more processor time on SentencePiece, less
+    on byte pairs, whose ids then stay in one array. Same ids.
     """
 
     name = "gigatoken"
     _working = 0  # threads of the process that encode at this moment, by any object
     _working_lock = threading.Lock()
 
-    def __init__(self, tokenizer_json: str) -> None:
+    def __init__(self, tokenizer_json: str, *, byte_pairs: bool = False) -> None:
         """Raises ImportError where it is not installed, ValueError where it cannot read the tokenizer."""
-        self._json = tokenizer_json
+        self._json, self._byte_pairs = tokenizer_json, byte_pairs
         self._lock = threading.Lock()
         self._idle = [self._load()]
 
@@ -111,7 +125,7 @@ class GigatokenEncoder:
                 raise
             raise ValueError(f"gigatoken cannot read the tokenizer ({str(error).splitlines()[0][:200]})") from None
 
-    def encode_each(self, texts: Sequence[str]) -> tuple[list[np.ndarray | None], bool]:
+    def encode_each(self, texts: Sequence[str]) -> tuple[Sequence[np.ndarray | None], bool]:
         """See FastEncoder."""
         with self._lock:
             loaded = self._idle.pop() if self._idle else None
@@ -119,7 +133,7 @@ class GigatokenEncoder:
         fresh = loaded.characters == 0
         with self._working_lock:
             GigatokenEncoder._working += 1
-            together = self._working > _TAKING_TURNS
+            together = self._byte_pairs or self._working > _TAKING_TURNS
         try:
             results = loaded.encode(texts, together=together)
         finally:
@@ -142,15 +156,14 @@ class _Loaded:
         self._resident_bytes = resident_bytes()
         _live.add(self)
 
-    def encode(self, texts: Sequence[str], *, together: bool) -> list[np.ndarray | None]:
+    def encode(self, texts: Sequence[str], *, together: bool) -> Sequence[np.ndarray | None]:
         self.characters += sum(map(len, texts)) + 1
         together = together and len(texts) > 0
         try:
             if not together:
                 return [self._backend.encode(text) for text in texts]
             layout = self._backend.encode_batch(list(texts), parallel=False).layout
-            ids, ends = np.asarray(layout.content.data), np.asarray(layout.offsets.data).tolist()
-            return [ids[start:end] for start, end in itertools.pairwise(ends)]
+            return FlatIds(np.asarray(layout.content.data), np.asarray(layout.offsets.data))
         except BaseException as error:
             if not is_library_failure(error):
                 raise

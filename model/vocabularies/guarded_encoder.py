@@ -26,6 +26,7 @@ from typing import Protocol
 
 import numpy as np
 
+from model.vocabularies.fast_encoders import FlatIds
 from model.vocabularies.vocabulary import Encoded, joined, parts_of
 
 FIRST_CHECKED, CHECKED_EVERY = 16, 100
@@ -51,7 +52,7 @@ class FastEncoder(Protocol):
 
     name: str
 
-    def encode_each(self, texts: Sequence[str]) -> tuple[list[np.ndarray | None], bool]:
+    def encode_each(self, texts: Sequence[str]) -> tuple[Sequence[np.ndarray | None], bool]:
         """Ids uint32 of each text (None: it cannot encode that one), and whether it was loaded for this call."""
         ...
 
@@ -100,13 +101,16 @@ class GuardedEncoder:
                 spread[index] = ids
             results = spread
         self._check_sample(texts, results, loaded)
-        rest = [index for index, ids in enumerate(results) if ids is None]
+        if isinstance(results, FlatIds):
+            return results.ids.astype(np.uint32, copy=False), np.diff(results.ends).astype(np.int64, copy=False)
+        whole = list(results)
+        rest = [index for index, ids in enumerate(whole) if ids is None]
         if rest:
             for index, ids in zip(rest, parts_of(self._reference([texts[index] for index in rest])), strict=True):
-                results[index] = ids
-        return joined(results)  # pyright: ignore[reportArgumentType]  # none of them is None any more
+                whole[index] = ids
+        return joined(whole)  # pyright: ignore[reportArgumentType]  # none of them is None any more
 
-    def _check_sample(self, texts: Sequence[str], results: list[np.ndarray | None], loaded: bool) -> None:
+    def _check_sample(self, texts: Sequence[str], results: Sequence[np.ndarray | None], loaded: bool) -> None:
         with self._lock:
             first, self._encoded = self._encoded, self._encoded + len(texts)
             loaded, self._fresh = loaded or self._fresh, False

@@ -6,7 +6,7 @@ Rows are named by row group and row within it, both from 0, as `ParquetFile(path
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -228,10 +228,8 @@ class _GroupReader:
 def _values(array: Any, sizes: np.ndarray, limit: int) -> Iterable[Any]:
     """The values as Python has them: bytes where they are no UTF-8, None where they are longer than `limit` bytes."""
     if len(sizes) == 0 or sizes.max() <= limit:
-        try:
+        with suppress(UnicodeDecodeError):  # then value by value, to tell which
             return array.to_pylist()
-        except UnicodeDecodeError:
-            pass
     return (_one_value(array, row) if size <= limit else None for row, size in enumerate(sizes))
 
 

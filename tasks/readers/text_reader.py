@@ -36,6 +36,22 @@ def split_of(text: str, holdout: float) -> Split:
     return "validation" if number < holdout * 2**64 else "train"
 
 
+class Skipped(Counter[str]):
+    """Counts of what was left out, by reason, and where the first of the bad documents are."""
+
+    MOST_PLACES = 100
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: list[str] = []
+
+    def note(self, reason: str, where: str, count: int = 1) -> None:
+        """Counts a bad document and keeps its place."""
+        self[reason] += count
+        if len(self.places) < self.MOST_PLACES:
+            self.places.append(f"{where}: {reason}")
+
+
 def read_documents(path: str | Path, reading: Reading, skipped: Counter[str] | None = None) -> Iterator[str]:
     """The documents of one file, in order. Holds a few times max_document_bytes at most.
 
@@ -44,7 +60,7 @@ def read_documents(path: str | Path, reading: Reading, skipped: Counter[str] | N
     "not_text", "no_answer"; a file that breaks off or is corrupt is "damaged", and one that grows too much a "bomb": what
     was read before that place is kept.
     Raises DataError with the file, the line or record, the byte offset, what is wrong, and the remedy; with "skip" only
-    where the file cannot be read at all.
+    where the file cannot be read at all. A `Skipped` keeps the first places too.
     """
     file = Path(path)
     counts: Counter[str] = Counter() if skipped is None else skipped
@@ -53,7 +69,7 @@ def read_documents(path: str | Path, reading: Reading, skipped: Counter[str] | N
             if isinstance(found, BadDocument):
                 if reading.on_bad_document == "fail":
                     raise DataError(str(found))
-                counts[found.reason] += found.count
+                _note(counts, found.reason, found.where, found.count)
             elif not found or found.isspace():
                 counts["empty"] += 1
             else:
@@ -61,9 +77,16 @@ def read_documents(path: str | Path, reading: Reading, skipped: Counter[str] | N
     except BrokenStream as broken:
         if reading.on_bad_document == "fail":
             raise DataError(f"{broken}, or set on_bad_document='skip' to keep the documents before that place") from None
-        counts[broken.reason] += 1
+        _note(counts, broken.reason, broken.where)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
+
+
+def _note(counts: Counter[str], reason: str, where: str, count: int = 1) -> None:
+    if isinstance(counts, Skipped):
+        counts.note(reason, where, count)
+    else:
+        counts[reason] += count
 
 
 def resolved_format(path: str | PurePath, reading: Reading) -> str:

@@ -6,7 +6,6 @@ Examples are `{"targets": document}`, scalar string tensors. With `reading.answe
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import tensorflow_datasets as tfds
 from tasks.mixture_config import PromptCompletion, Reading
 from tasks.readers.line_blocks import BadDocument, too_long
 from tasks.readers.record_reader import BadRecord, document_extractor
-from tasks.readers.text_reader import read_documents, split_of
+from tasks.readers.text_reader import Skipped, read_documents, split_of
 from tasks.seqio_bridge.seqio_names import check_tfds_name
 from tasks.shard_tokenizer import splits_of
 from tasks.sources import DataError
@@ -39,7 +38,7 @@ class TextFilesSource(seqio.DataSource):
         self.reading = reading
         self.files_per_shard = files_per_shard
         self.failure: DataError | None = None
-        self.skipped: Counter[str] = Counter()
+        self.skipped = Skipped()
         super().__init__(splits=splits_of(reading))
 
     @property
@@ -73,7 +72,7 @@ class TextFilesSource(seqio.DataSource):
 
     def _examples(self, files: Sequence[Path], split: str) -> Iterator[dict[str, bytes]]:
         self.failure = None
-        self.skipped = Counter()
+        self.skipped = Skipped()
         try:
             for path in files:
                 for text in read_documents(path, self.reading, self.skipped):
@@ -96,7 +95,7 @@ class TfdsTextSource(seqio.TfdsDataSource):
         check_tfds_name(tfds_name, data_dir)
         self.reading = reading
         self.failure: DataError | None = None
-        self.skipped: Counter[str] = Counter()
+        self.skipped = Skipped()
         super().__init__(tfds_name, tfds_data_dir=data_dir, read_only=True)
 
     @functools.cached_property
@@ -161,7 +160,7 @@ class TfdsTextSource(seqio.TfdsDataSource):
 
     def _examples(self, raw: tf.data.Dataset, split: str) -> Iterator[dict[str, bytes]]:
         self.failure = None
-        self.skipped = Counter()
+        self.skipped = Skipped()
         to_document = _document_maker(self.reading)
         for number, example in enumerate(tfds.as_numpy(raw)):
             found = to_document(example, f"tfds://{self.tfds_dataset.name}, example {number} of {split!r}")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from model.config_base import nearest
 from tasks.mixture_config import Dataset
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from tasks.sources.file_lists import ListSource
 
 # A word of its own in a path, as publishers name splits: test-00000.parquet, data/validation/x, my_val_set.
-_HELD_OUT = re.compile(r"(?<![a-z])(?:test|validation|valid|val)(?![a-z])", re.IGNORECASE)
+_HELD_OUT = re.compile(r"(?<![a-z])(?:tests?|testing|validation|valid|val|eval|held_?out)(?![a-z])", re.IGNORECASE)
 
 
 def list_files(dataset: Dataset) -> tuple[SourceFile, ...]:
@@ -37,16 +38,16 @@ def list_files(dataset: Dataset) -> tuple[SourceFile, ...]:
 def check_files(dataset: Dataset, *, trained: bool) -> None:
     """Raises DataError where a file cannot be read, is empty, or all are; and where one to train on is named like held-out data.
 
-    Looked at are the names below the fixed part of each glob, for HTTP (also from a list) the path of the URL, and on the Hub
-    the path in the repository. Directories of one's own above the fixed part may be called as they like.
+    Looked at are the names below the fixed part of each glob and the directory they are in, for HTTP (also from a list) the
+    path of the URL, and on the Hub the path in the repository. Directories further up may be called as they like.
     """
     found = _find(dataset)
     for file in found.values():
         if is_local(file.location):
             _check_readable(dataset.name, Path(file.location))
-        if trained and not dataset.allow_test_in_train and (word := _HELD_OUT.search(file.published)):
+        if trained and not dataset.allow_test_in_train and (word := _held_out(file)):
             raise DataError(
-                f"dataset {dataset.name!r}: {public_location(file.location)} has {word.group()!r} in its name, so it looks like data to "
+                f"dataset {dataset.name!r}: {public_location(file.location)} has {word!r} in its name, so it looks like data to "
                 "evaluate on, which a model must not be trained on; leave it out of the source, or set allow_test_in_train=true"
             )
     empty = [public_location(file.location) for file in found.values() if file.bytes == 0]
@@ -57,6 +58,14 @@ def check_files(dataset: Dataset, *, trained: bool) -> None:
     if empty and dataset.on_bad_document != "skip":
         more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
         raise DataError(f"dataset {dataset.name!r}: {empty[0]}{more} has no bytes; remove it, or set on_bad_document='skip'")
+
+
+def _held_out(file: Found) -> str | None:
+    """The word by which a file looks like data to evaluate on, in its published path or as the name of its directory."""
+    if word := _HELD_OUT.search(file.published):
+        return word.group()
+    directory = PurePosixPath(urlsplit(file.location).path if "://" in file.location else file.location).parent.name
+    return directory if _HELD_OUT.fullmatch(directory) else None
 
 
 def find_one(location: str, *, sha256: str | None = None) -> SourceFile:
