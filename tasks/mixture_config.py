@@ -13,6 +13,8 @@ from tasks.vocabularies import SentencePieceTraining, Tokenizer, TokenizerTraini
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 _TFDS = "tfds://"
+# A password, or a query that signs: https://user:password@host, ...?X-Amz-Signature=...; not ${NAME}, which stands for one.
+_SECRET = re.compile(r"://[^/?#]*:(?!\$\{)[^/?#@]+@|[?&](?:[\w-]*[-_])?(?:signature|sig|token|secret|password|key)=(?!\$\{)", re.IGNORECASE)
 
 
 class PromptCompletion(Config):
@@ -82,7 +84,7 @@ class Dataset(Reading):
     A source is a path or a glob (`**` descends), one of these URLs with globs, or several of them:
     `file://`, `http(s)://` (one file each), `hf://datasets/org/name@revision/glob`, `gs://` and whatever else fsspec opens,
     `LIST#GLOB` for a file that lists others by URL, `tfds://name/config:version`, or `package:` and a glob below this
-    package's own texts.
+    package's own texts. `${NAME}` in one stands for an environment variable, for what must not be kept.
     With `seqio_task` nothing is read here: that task's "train" split is trained on and its "validation" split, where it
     has one, is evaluated; `revision` then is the one thing that tells one state of its data from another. `seqio_mixture`
     stands for the tasks of a SeqIO mixture, which share this dataset's weight by the mixture's own rates.
@@ -117,6 +119,12 @@ class Dataset(Reading):
                 raise ValueError(f"dataset {self.name!r} has both source and seqio_task={named!r}; a task has its own source")
             if self.holdout:
                 raise ValueError(f"dataset {self.name!r}: holdout={self.holdout} with seqio_task; the task's own validation split is used")
+        for source in self.sources:
+            if _SECRET.search(source):
+                raise ValueError(
+                    f"dataset {self.name!r} has a source with a password or a signature in it, which would be kept with the run's "
+                    "parameters: put it into an environment variable and write ${NAME} in its place"
+                )
         if self.tfds is not None and len(self.sources) > 1:
             raise ValueError(f"dataset {self.name!r} has several sources, one of them TFDS; make that a dataset of its own")
         return self

@@ -95,7 +95,8 @@ def plan_run(config: RunConfig, root: str | Path, *, only: str | None = None, fo
     total_flops = train_flops_per_token(model, config.seq_len) * tokens_per_step * config.train.num_train_steps
     devices = None if config.train.accelerator_type else local_device_count()
     fetch_bytes = bytes_to_fetch(run.data, Path(root))
-    _check_space(config, Path(root), checkpoint_bytes(config, model), fetch_bytes)
+    trains = any(planned_step.action == "run" and planned_step.step.kind == "checkpoints" for planned_step in planned)
+    _check_space(config, Path(root), checkpoint_bytes(config, model) if trains else 0, fetch_bytes)
     return Plan(
         config=config,
         root=Path(root),

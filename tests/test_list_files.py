@@ -251,13 +251,14 @@ def test_a_list_is_asked_for_again_where_that_can_help(server: Loopback) -> None
     assert len(server.requests) == 3
 
 
-def test_secrets_in_a_list_or_its_url_are_never_written_down(server: Loopback, tmp_path: Path) -> None:
+def test_secrets_in_a_list_or_its_url_are_never_written_down(server: Loopback, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PASSWORD", "secret")
     host = server.url.removeprefix("http://")
     server.put("/a.txt", b"text\n")
     url, pin = "", {}
     for number, line in enumerate(("a.txt?X-Amz-Signature=secret", f"http://me:secret@{host}/a.txt", "a.txt")):
         url, pin = put_list(server, ["# see https://me@example.org?", line], f"/list-{number}.txt")
-        source = f"{url.replace('http://', 'http://me:secret@')}#**"
+        source = f"{url.replace('http://', 'http://me:${PASSWORD}@')}#**"
         for changes in ({"sha256": pin}, {}):
             (file,) = list_files(dataset(source, **changes))
             assert "secret" in file.location
@@ -266,7 +267,7 @@ def test_secrets_in_a_list_or_its_url_are_never_written_down(server: Loopback, t
     assert len(kept) == 1
     assert b"secret" not in kept[0]
     with pytest.raises(DataError) as error:
-        list_files(dataset(f"{url.replace('http://', 'http://me:secret@')}#**/*.gz", sha256=pin))
+        list_files(dataset(f"{url.replace('http://', 'http://me:${PASSWORD}@')}#**/*.gz", sha256=pin))
     assert "secret" not in str(error.value)
 
 

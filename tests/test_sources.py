@@ -247,3 +247,13 @@ def test_local_sources_import_nothing_for_remote_ones() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
     assert done.stdout.strip() == "[]"
+
+
+def test_names_of_the_environment_stand_for_what_must_not_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus(tmp_path)
+    given = dataset(f"{tmp_path}/${{PART_OF_IT}}*.txt")
+    monkeypatch.setenv("PART_OF_IT", "a")
+    assert [file.name for file in list_files(given)] == ["a.txt"]
+    monkeypatch.delenv("PART_OF_IT")
+    with pytest.raises(DataError, match="names the environment variable PART_OF_IT, which is not set: set it"):
+        list_files(given)

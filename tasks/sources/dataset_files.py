@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -73,6 +74,7 @@ def find_one(location: str, *, sha256: str | None = None) -> SourceFile:
 
     Raises DataError where it names none or several, or a local one cannot be read.
     """
+    location = expanded(location)
     listed = _list_source(location)
     found = _find_source(location, allow_links=True) if listed is None else _find_listed(listed, None)
     if len(found) != 1:
@@ -89,7 +91,7 @@ def _find(dataset: Dataset) -> dict[str, Found]:
     lists: set[str] = set()
     try:
         _check_digests(dataset)
-        for number, source in enumerate(dataset.sources):
+        for number, source in enumerate(map(expanded, dataset.sources)):
             front = "" if len(dataset.sources) == 1 else f"{number:03d}/"
             listed = _list_source(source)
             if listed is None:
@@ -109,6 +111,20 @@ def _find(dataset: Dataset) -> dict[str, Found]:
     except DataError as error:
         raise DataError(f"dataset {dataset.name!r}: {error}") from None
     return dict(sorted(found.items()))
+
+
+def expanded(source: str) -> str:
+    """`source` with each `${NAME}` replaced from the environment: what must not stand in a configuration, such as a signature.
+
+    Raises DataError where a name is not set.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        if (found := os.environ.get(match[1])) is None:
+            raise DataError(f"source={public_location(source)!r} names the environment variable {match[1]}, which is not set: set it")
+        return found
+
+    return re.sub(r"\$\{(\w+)\}", value, source)
 
 
 def _check_digests(dataset: Dataset) -> None:
