@@ -26,7 +26,8 @@ def nearest(name: str, known: list[str]) -> str:
 class Config(BaseModel):
     """A frozen pydantic model that refuses unknown fields and names the nearest known one."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    # an error's text can reach a log, and a value can be a secret that is being refused
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, hide_input_in_errors=True)
 
     @model_validator(mode="before")
     @classmethod

@@ -155,7 +155,8 @@ def test_remote_files_of_every_kind_arrive_together(
         hub.put("data/small.jsonl", b'{"text": "small"}\n')
         hub.put("data/large.jsonl", b'{"text": "large"}\n' * 1000, large=True)
         fsspec.filesystem("memory").pipe_file("/kept/d.txt", b"in memory\n")
-        url = other.put("/e.txt", b"by http\n").replace("//", "//me:secret@") + "?sig=secret"
+        monkeypatch.setenv("PASSWORD", "secret")
+        url = other.put("/e.txt", b"by http\n").replace("//", "//me:${PASSWORD}@") + "?sig=${PASSWORD}"
         server.faults["/datasets/org/web/resolve/" + Hub.COMMIT + "/data/small.jsonl"] = [Fault(status=503)]
         step = step_of(f"hf://datasets/org/web@{Hub.COMMIT}/data/*", "memory://kept/*.txt", url, source / "a.txt")
         stats = download_body(step, directory, ())
