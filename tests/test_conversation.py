@@ -139,15 +139,15 @@ def test_what_a_message_says_stays_text(content: str) -> None:
     )
 )
 def test_no_message_ever_becomes_a_control_token(parts: list[str]) -> None:
-    """Also where a template puts pieces of a control token right around a message, or takes something out of it."""
+    """Also where a template puts pieces of a control token right around a message, or changes something in it."""
     content = "".join(parts)
     template = (
-        "{% for m in messages %}{% generation %}<|{{ m.content }}|>{{ m.content }}>{{ '<s' + m.content | replace('a', '') }}"
+        "{% for m in messages %}{% generation %}<|{{ m.content }}|>{{ m.content }}>{{ '<s' + m.content | replace('a', 'aa') }}"
         "{{ m.content.split('</x>')[-1] }}{% endgeneration %}{% endfor %}"
     )
     ids, mask = encode_answers(turns(("assistant", content)), chat(template), CHATML)
     assert [token for token in ids.tolist() if token < 100] == [1, 2]
-    expected = f"<|{content}|>{content}><s{content.replace('a', '')}{content}<2>"
+    expected = f"<|{content}|>{content}><s{content.replace('a', 'aa')}{content}<2>"
     assert CHATML.shown(ids, mask) == [("<1>", False), (expected, True)]
 
 

@@ -3,7 +3,8 @@
 Templates are those of Hugging Face tokenizers (transformers, `chat_template_utils`): the same sandbox, whitespace rules, filters
 and `{% generation %}` blocks. Two things differ. The date is not to be had, since ids must not depend on it. And only what the
 template itself writes becomes a control token: the same characters in a message are marked before the template sees them, and
-so stay text, however the template joins or cuts them.
+so stay text where the template joins them with its own. (Not covered: a template that writes the beginning of a control token and
+right after it a message from whose beginning it has removed characters.)
 """
 
 from __future__ import annotations
