@@ -223,7 +223,8 @@ def test_only_mixtures_trains_nothing(untrained: Path, home: Path) -> None:
     assert not (untrained / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("homes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("homes", [1, 2])
 def test_of_two_at_once_one_trains_and_the_other_reuses(homes: int, untrained: Path, finished: Path, tmp_path: Path) -> None:
     # New homes: both make the server's database at the same moment.
     jobs = [MainJob(untrained, tmp_path / f"prefect-{number % homes}") for number in range(2)]

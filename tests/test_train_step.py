@@ -68,10 +68,10 @@ def assert_same_gradient(one: Any, other: Any) -> None:
 @pytest.mark.parametrize(
     "sizes",
     [
-        {},
-        {"tensor_parallel_size": 2},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"tensor_parallel_size": 2}, marks=pytest.mark.slow),
         {"data_parallel_size": 2, "tensor_parallel_size": 2},
-        {"data_parallel_size": 8},
+        pytest.param({"data_parallel_size": 8}, marks=pytest.mark.slow),
     ],
 )
 def test_eight_devices_equal_one(sizes: dict[str, int]) -> None:
