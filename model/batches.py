@@ -8,7 +8,6 @@ Shapes: B rows of this process, S seq_len.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 
 from model.assembly import Batch, cut_rows, keep_freed_memory, packed_rows
 from model.mixture_store import MixtureComponent, MixtureStore
-from model.order import ORDER_VERSION, Component, RowOrder, Stage
+from model.order import ORDER_VERSION, Component, RowOrder, Stage, kept_windows
 from model.packing import BestFitPlan, Windows
 from model.token_store import StoreError, TokenSplit
 
@@ -127,7 +126,7 @@ class BatchLoader:
     def _component(self, of: MixtureComponent, layout: Windows | BestFitPlan) -> Component:
         simulated, kept = self.mixture.simulated_epoching, None
         if simulated is not None:
-            kept = max(1, round(layout.num_rows * Fraction(simulated.experiment_tokens, simulated.target_tokens)))
+            kept = kept_windows(layout.num_rows, simulated.experiment_tokens, simulated.target_tokens)
         return Component(of.name, layout.num_rows, of.max_epochs, kept)
 
     def _check_steps(self, num_steps: int) -> None:

@@ -27,7 +27,7 @@ from model.permutation import hash64, name_key, permute
 from model.schedule import BLOCK, Block, Schedule
 from model.shares import Stage
 
-__all__ = ["BLOCK", "ORDER_VERSION", "Component", "RowOrder", "Rows", "Stage", "hash64", "permute"]
+__all__ = ["BLOCK", "ORDER_VERSION", "Component", "RowOrder", "Rows", "Stage", "hash64", "kept_windows", "permute"]
 
 ORDER_VERSION = 3
 _KEPT_BLOCKS = 4
@@ -61,6 +61,11 @@ class Component:
             return None
         # the decimal that was written, not the binary fraction below it: 0.7 epochs of 10 windows are 7 rows
         return max(1, math.floor(Fraction(str(self.max_epochs)) * self.epoch_rows))
+
+
+def kept_windows(num_windows: int, experiment_tokens: int, target_tokens: int) -> int:
+    """How many of a component's windows a run of `experiment_tokens` uses that stands for one of `target_tokens`; at least 1."""
+    return max(1, round(num_windows * Fraction(experiment_tokens, target_tokens)))
 
 
 class Rows(NamedTuple):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
 from model.batches import BatchLoader
-from model.order import Component, RowOrder, Stage
+from model.order import Component, RowOrder, Stage, kept_windows
 from tasks.artifacts import read_manifest
 from tasks.config import RunConfig
 from tasks.data_steps import DataSteps, Mixing, RawFiles
@@ -75,7 +74,7 @@ def _component(name: str, available: float | None, seq_len: int, mixing: Mixing)
     simulated = mixing.simulated_epoching
     kept = None
     if simulated is not None:
-        kept = max(1, round(windows * Fraction(simulated.experiment_tokens, simulated.target_tokens)))
+        kept = kept_windows(windows, simulated.experiment_tokens, simulated.target_tokens)
     return Component(name, windows, mixing.max_epochs.get(name), kept)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import shutil
 import threading
 from collections import Counter
@@ -23,7 +22,7 @@ from tasks.caching import run_logger, step_task
 from tasks.children import ChildFailed, ChildStopped, run_child, stopping
 from tasks.data_steps import RawFiles, RegisteredTask, TfdsTask, Tokenization
 from tasks.download import FILES, naming_originals, raw_files
-from tasks.fingerprints import canonical_json
+from tasks.fingerprints import fingerprint
 from tasks.manifests import read_manifest
 from tasks.progress import StepProgress
 from tasks.seqio_bridge.tokenization_spec import TokenizationSpec
@@ -75,7 +74,7 @@ def shard_jobs(reading_key: str, files: Sequence[Path], digests: Sequence[str], 
         ShardJob(
             shard=number,
             of=len(starts),
-            key=hashlib.sha256(canonical_json([LEDGER_SCHEMA, reading_key, *digests[start : start + each]]).encode()).hexdigest(),
+            key=fingerprint([LEDGER_SCHEMA, reading_key, *digests[start : start + each]]),
             files=tuple(map(str, files[start : start + each])),
             source_bytes=sum(sizes[start : start + each]),
         )
@@ -90,7 +89,7 @@ def _tokenize_files(step: Step, config: Tokenization, directory: Path, raw: Path
     manifest = read_manifest(raw)
     assert manifest is not None, "inputs are verified before a body runs"
     entries = {raw / entry.path: entry for entry in manifest.files}
-    reading_key = hashlib.sha256(canonical_json([config.reading.identity(), digest]).encode()).hexdigest()
+    reading_key = fingerprint([config.reading.identity(), digest])
     jobs = shard_jobs(reading_key, files, [entries[file].sha256 for file in files], [entries[file].bytes for file in files])
     execution = config.execution
     spec = StoreSpec(
