@@ -73,13 +73,14 @@ def write_weights(spec: dict[str, Any]) -> dict[str, Any]:
     """Our initial weights as a Hugging Face directory, for the peer to load."""
     import jax
 
+    from model.flops import num_parameters
     from model.hf import save_hf
-    from model.parameters import init_params, num_params
+    from model.parameters import init_params
 
     config = shape(spec["case"])
     save_hf(spec["weights"], config, init_params(config, jax.random.key(SEED)))
     return {
-        "what": f"{spec['case']} ({num_params(config) / 1e6:.1f} million parameters, sequences of {config.seq_len}, batch {BATCH_SIZE})"
+        "what": f"{spec['case']} ({num_parameters(config) / 1e6:.1f} million parameters, sequences of {config.seq_len}, batch {BATCH_SIZE})"
     }
 
 

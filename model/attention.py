@@ -1,38 +1,83 @@
-"""Causal, segment-masked, grouped-query attention: a plain form and one whose memory grows linearly with the sequence.
+"""Causal, segment-masked, grouped-query attention: one entry point, three ways to compute it.
 
-`attention` is the one entry point and picks the form; another kernel (for example Pallas splash attention on TPU)
-belongs behind it, next to `flash_attention`.
+| `attn_backend` | where                    | memory in the sequence | module                   |
+|----------------|--------------------------|------------------------|--------------------------|
+| `splash`       | TPU                      | linear                 | `model.splash_attention` |
+| `flash`        | anywhere                 | linear                 | `model.flash_attention`  |
+| `plain`        | anywhere, the reference  | quadratic              | here                     |
 
-Shape suffixes: B batch, H query heads, G key/value heads, R = H / G query heads per group, S sequence (queries),
-T sequence (keys), K head width, N blocks.
+Shape suffixes: B batch, H query heads, G key/value heads, S sequence (queries), T sequence (keys), K head width.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from model.config import LlamaConfig
+from model.config import AttentionBackend, LlamaConfig
+from model.context_parallel import context_size, restore_order, spread_order
+from model.flash_attention import FLASH_BLOCK_SIZE, flash_attention
+from model.splash_attention import SPLASH_MIN_BLOCK, splash_attention
 
+_MASKED = -1e30  # finite: a row that is masked whole gives numbers, not NaN
 FLASH_MIN_SEQ_LEN = 1024  # below it the plain form is as fast on CPU and its S x S scores are small
-FLASH_BLOCK_SIZE = 512  # tokens in one block of queries or keys
-
-# Finite, so that a row whose keys seen so far are all masked gives exp(0), which later blocks scale to zero, and not NaN.
-_MASKED = -1e30
 
 
-def attention(q_BHSK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array, segment_ids_BS: jax.Array | None, config: LlamaConfig) -> jax.Array:
+def attention(
+    q_BHSK: jax.Array,
+    k_BGSK: jax.Array,
+    v_BGSK: jax.Array,
+    segment_ids_BS: jax.Array | None,
+    config: LlamaConfig,
+    mesh: Mesh | None = None,
+) -> jax.Array:
     """Attention output [B, H, S, K] in the queries' dtype; scores and softmax are float32.
 
     A token attends to itself and to earlier tokens with the same segment id (None: the whole row is one segment).
+    Under a mesh whose `context` axis is larger than 1, tokens come and go in the order of `model.context_parallel`.
+
+    Raises:
+        ValueError: `config.attn_backend` names a form that cannot compute this shape.
     """
-    seq_len = q_BHSK.shape[2]
-    if config.use_flash_attention and seq_len >= FLASH_MIN_SEQ_LEN and seq_len % FLASH_BLOCK_SIZE == 0:
-        return flash_attention(q_BHSK, k_BGSK, v_BGSK, segment_ids_BS)
-    return plain_attention(q_BHSK, k_BGSK, v_BGSK, segment_ids_BS)
+    backend = choose_backend(config, q_BHSK.shape[2], platform_of(mesh))
+    if backend == "splash":
+        return splash_attention(q_BHSK, k_BGSK, v_BGSK, segment_ids_BS, mesh, block_size=config.flash_attention_block_size)
+    form = flash_attention if backend == "flash" else plain_attention
+    count = context_size(mesh)
+    if count == 1:
+        return form(q_BHSK, k_BGSK, v_BGSK, segment_ids_BS)
+    q, k, v = (restore_order(x, count, axis=2) for x in (q_BHSK, k_BGSK, v_BGSK))
+    segments = None if segment_ids_BS is None else restore_order(segment_ids_BS, count, axis=1)
+    return spread_order(form(q, k, v, segments), count, axis=2)
+
+
+def platform_of(mesh: Mesh | None) -> str:
+    """`tpu`, `cpu` or `gpu`: what the mesh's devices are, which may be others than this machine has."""
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
+def choose_backend(config: LlamaConfig, seq_len: int, platform: str) -> AttentionBackend:
+    """The form that `attention` uses for sequences of `seq_len` tokens.
+
+    Raises:
+        ValueError: `config.attn_backend` asks for splash or flash, which do not take this length.
+    """
+    wanted = config.attn_backend if config.use_flash_attention else "plain"
+    fits = {"splash": seq_len % SPLASH_MIN_BLOCK == 0, "flash": seq_len % FLASH_BLOCK_SIZE == 0, "plain": True}
+    if wanted != "auto":
+        if not fits[wanted]:
+            unit = SPLASH_MIN_BLOCK if wanted == "splash" else FLASH_BLOCK_SIZE
+            raise ValueError(
+                f"model.attn_backend={wanted!r} takes sequences in multiples of {unit} tokens, not {seq_len}: "
+                f"change the length or use model.attn_backend='auto'"
+            )
+        return wanted
+    if platform == "tpu" and fits["splash"]:
+        return "splash"
+    return "flash" if seq_len >= FLASH_MIN_SEQ_LEN and fits["flash"] else "plain"
 
 
 def plain_attention(q_BHSK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array, segment_ids_BS: jax.Array | None = None) -> jax.Array:
@@ -55,70 +100,3 @@ def masked_attention(q_BHSK: jax.Array, k_BGTK: jax.Array, v_BGTK: jax.Array, ma
     scores = jnp.einsum("bhsk,bhtk->bhst", q_BHSK, k_BHTK, preferred_element_type=jnp.float32) / math.sqrt(q_BHSK.shape[-1])
     probabilities = jax.nn.softmax(jnp.where(mask_BST[:, None], scores, _MASKED), axis=-1)
     return jnp.einsum("bhst,bhtk->bhsk", probabilities.astype(v_BHTK.dtype), v_BHTK)
-
-
-def flash_attention(
-    q_BHSK: jax.Array,
-    k_BGSK: jax.Array,
-    v_BGSK: jax.Array,
-    segment_ids_BS: jax.Array | None = None,
-    block_size: int = FLASH_BLOCK_SIZE,
-) -> jax.Array:
-    """The same function by online softmax (Milakov & Gimelshein 2018; Dao et al. 2022), in plain XLA operations.
-
-    Each block of queries runs over the key blocks at or below the diagonal only, and both levels recompute their
-    scores in the backward pass, so memory is O(S) and the work half the square.
-
-    Raises:
-        ValueError: `block_size` does not divide the sequence.
-    """
-    batch, num_heads, seq_len, head_size = q_BHSK.shape
-    num_groups = k_BGSK.shape[1]
-    if seq_len % block_size:
-        raise ValueError(f"the sequence of {seq_len} tokens is not a multiple of block_size={block_size}: pad it or use plain_attention")
-    if segment_ids_BS is None:
-        segment_ids_BS = jnp.zeros((batch, seq_len), jnp.int32)
-    # Query head h reads key/value head h // R.
-    q_BGRSK = q_BHSK.reshape(batch, num_groups, num_heads // num_groups, seq_len, head_size)
-    outputs = []
-    for start in range(0, seq_len, block_size):
-        rows, seen = slice(start, start + block_size), slice(0, start + block_size)
-        outputs.append(
-            _query_block(q_BGRSK[:, :, :, rows], k_BGSK[:, :, seen], v_BGSK[:, :, seen], segment_ids_BS[:, rows], segment_ids_BS[:, seen])
-        )
-    return jnp.concatenate(outputs, axis=3).reshape(q_BHSK.shape)
-
-
-@jax.checkpoint
-def _query_block(q_BGRSK: jax.Array, k_BGTK: jax.Array, v_BGTK: jax.Array, q_segments_BS: jax.Array, k_segments_BT: jax.Array) -> jax.Array:
-    """Output [B, G, R, S, K] of the last S of T positions, one key block of S positions at a time."""
-    block, start = q_BGRSK.shape[3], k_BGTK.shape[2] - q_BGRSK.shape[3]
-    query_positions = start + jnp.arange(block)
-
-    @jax.checkpoint
-    def key_block(carry: tuple[jax.Array, jax.Array, jax.Array], keys: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, ...], None]:
-        maximum, normaliser, output = carry
-        k, v, segments, index = keys
-        causal = query_positions[:, None] >= index * block + jnp.arange(block)
-        mask = causal & (q_segments_BS[:, :, None] == segments[:, None, :])
-        scores = jnp.einsum("bgrsk,bgtk->bgrst", q_BGRSK, k, preferred_element_type=jnp.float32) / math.sqrt(q_BGRSK.shape[-1])
-        scores = jnp.where(mask[:, None, None], scores, _MASKED)
-        # The result does not depend on the maximum, so no gradient need flow through it.
-        new_maximum = jax.lax.stop_gradient(jnp.maximum(maximum, scores.max(axis=-1)))
-        weights = jnp.exp(scores - new_maximum[..., None])
-        decay = jnp.exp(maximum - new_maximum)
-        update = jnp.einsum("bgrst,bgtk->bgrsk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        return (new_maximum, normaliser * decay + weights.sum(axis=-1), output * decay[..., None] + update), None
-
-    zeros = jnp.zeros(q_BGRSK.shape[:-1], jnp.float32)
-    blocks = functools.partial(_blocks_first, block=block)
-    keys = (blocks(k_BGTK, axis=2), blocks(v_BGTK, axis=2), blocks(k_segments_BT, axis=1), jnp.arange(start // block + 1))
-    carry = (zeros + _MASKED, zeros, jnp.zeros(q_BGRSK.shape, jnp.float32))
-    (_, normaliser, output), _ = jax.lax.scan(key_block, carry, keys)
-    return (output / normaliser[..., None]).astype(q_BGRSK.dtype)
-
-
-def _blocks_first(x: jax.Array, *, axis: int, block: int) -> jax.Array:
-    """Splits `axis` into N blocks of `block` positions and moves N to the front."""
-    split = x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :])
-    return jnp.moveaxis(split, axis, 0)

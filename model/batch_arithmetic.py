@@ -10,10 +10,11 @@ from model.train_config import SimpleTrainConfig
 
 @dataclass(frozen=True)
 class BatchArithmetic:
-    """`train_batch_size = per_device * num_microbatches * data * fsdp`; every device of a tensor group sees the same rows."""
+    """`train_batch_size = per_device * num_microbatches * data * fsdp`; the devices of a context or tensor group see the same rows."""
 
     data: int
     fsdp: int
+    context: int
     tensor: int
     per_device: int
     num_microbatches: int
@@ -25,11 +26,12 @@ class BatchArithmetic:
         Raises:
             ValueError: it does not come out even; names the field, its value and values that would do.
         """
-        fixed = train.data_parallel_size * train.tensor_parallel_size
+        fixed = train.data_parallel_size * train.context_parallel_size * train.tensor_parallel_size
         if num_devices % fixed:
             raise ValueError(
-                f"train.data_parallel_size={train.data_parallel_size} x train.tensor_parallel_size={train.tensor_parallel_size} "
-                f"does not divide the {num_devices} device(s): their product must be a divisor of {num_devices}"
+                f"train.data_parallel_size={train.data_parallel_size} x train.context_parallel_size={train.context_parallel_size} "
+                f"x train.tensor_parallel_size={train.tensor_parallel_size} does not divide the {num_devices} device(s): "
+                f"their product must be a divisor of {num_devices}"
             )
         fsdp = num_devices // fixed
         ways, batch = train.data_parallel_size * fsdp, train.train_batch_size
@@ -45,7 +47,7 @@ class BatchArithmetic:
                 f"train.train_batch_size={batch}: use a divisor of {rows}, or -1 for all at once"
             )
         per_device = rows if at_once == -1 else at_once
-        return cls(train.data_parallel_size, fsdp, train.tensor_parallel_size, per_device, rows // per_device)
+        return cls(train.data_parallel_size, fsdp, train.context_parallel_size, train.tensor_parallel_size, per_device, rows // per_device)
 
     def __str__(self) -> str:
         return (
@@ -60,10 +62,12 @@ def check_tensor_split(config: LlamaConfig, tensor: int) -> None:
     Raises:
         ValueError: naming the field, its value and the mesh axis.
     """
-    for field in ("num_heads", "num_kv_heads", "intermediate_dim", "vocab_size"):
-        size = getattr(config, field)
-        if size is not None and size % tensor:
+    sizes = {field: getattr(config, field) for field in ("num_heads", "num_kv_heads", "intermediate_dim")}
+    if config.vocab_size is not None:
+        sizes["vocab_size"] = config.padded_vocab_size
+    for field, size in sizes.items():
+        if size % tensor:
+            remedy = "set model.pad_vocab_to_multiple_of=128" if field == "vocab_size" else f"change model.{field}"
             raise ValueError(
-                f"model.{field}={size} is not a multiple of the mesh axis tensor={tensor}: "
-                f"change model.{field} or train.tensor_parallel_size"
+                f"model.{field}={size} is not a multiple of the mesh axis tensor={tensor}: {remedy} or change train.tensor_parallel_size"
             )

@@ -13,6 +13,9 @@ from pydantic import Field, model_validator
 
 from model.config_base import Config, runtime
 
+RematPolicy = Literal["none", "save_all", "save_qkv_attn", "save_attn", "full"]
+AttentionBackend = Literal["splash", "flash", "plain"]
+
 
 class RopeConfig(Config):
     """Rotary position embedding (Su et al. 2021) and how it stretches to longer contexts."""
@@ -48,12 +51,20 @@ class LlamaConfig(Config):
     vocab_size: int | None = Field(default=None, ge=2, description="Rows of the embedding; unset means the tokenizer's vocabulary.")
     layer_norm_epsilon: float = Field(default=1e-5, gt=0, description="Epsilon of RMSNorm.")
     tie_word_embeddings: bool = Field(default=False, description="Use the embedding matrix as the output head too.")
+    logit_soft_cap: float | None = Field(default=None, gt=0, description="Cap of the logits: cap * tanh(logits / cap) (Gemma 2).")
+    pad_vocab_to_multiple_of: int = Field(
+        default=1, ge=1, description="Embedding rows beyond the vocabulary, so that the mesh divides it; 128 suits every mesh."
+    )
     initializer_range: float = Field(default=0.02, gt=0, description="Only written to the Hugging Face config.")
     rope: RopeConfig = Field(default=RopeConfig(), description="Rotary position embedding.")
 
     # Switches that change rounding at most, never the function that is learned.
-    use_flash_attention: bool = runtime(True, description="Online-softmax attention where it pays; off means plain attention.")
-    gradient_checkpointing: bool = runtime(True, description="Recompute each layer's activations in the backward pass.")
+    use_flash_attention: bool = runtime(True, description="Attention without the square of scores in memory; off means plain.")
+    attn_backend: AttentionBackend | Literal["auto"] = runtime("auto", description="Which attention; auto chooses by device and length.")
+    flash_attention_block_size: int | None = runtime(None, ge=128, multiple_of=128, description="Tokens in a block of the TPU kernel.")
+    gradient_checkpointing: bool | RematPolicy = runtime(
+        True, description="What the backward pass computes again: a policy's name, on (`full`) or off (`none`)."
+    )
     scan_layers: bool = runtime(True, description="One compiled layer scanned over the stack; off unrolls it.")
     cross_entropy_block_size: int = runtime(1024, ge=1, description="Tokens per chunk of the fused head and loss, on each device.")
 
@@ -71,6 +82,24 @@ class LlamaConfig(Config):
     def head_size(self) -> int:
         """Width of one attention head."""
         return self.head_dim or self.hidden_dim // self.num_heads
+
+    @property
+    def remat(self) -> RematPolicy:
+        """The policy that `gradient_checkpointing` names."""
+        if isinstance(self.gradient_checkpointing, bool):
+            return "full" if self.gradient_checkpointing else "none"
+        return self.gradient_checkpointing
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: the vocabulary, rounded up.
+
+        Raises:
+            ValueError: `vocab_size` is unset.
+        """
+        if self.vocab_size is None:
+            raise ValueError("model.vocab_size is unset: set it, or take it from the tokenizer with config.with_vocab(size)")
+        return -(-self.vocab_size // self.pad_vocab_to_multiple_of) * self.pad_vocab_to_multiple_of
 
     def with_vocab(self, vocab_size: int) -> LlamaConfig:
         """This configuration with the tokenizer's vocabulary filled in where `vocab_size` was left open.

@@ -22,8 +22,9 @@ from jax.typing import DTypeLike
 
 from model.attention import attention, masked_attention
 from model.config import LlamaConfig
+from model.linear import Precision
 from model.llama import decoder_layer, embed_tokens, rms_norm, unembed
-from model.parameters import Params, param_shapes
+from model.parameters import Params
 from model.partitioning import constrain
 from model.rope import rope_tables
 
@@ -77,7 +78,7 @@ def generate(
         top_p: sample from the smallest set of tokens that holds this probability (Holtzman et al. 2020); 1 is all.
         seed: of the sampling; the same seed gives the same tokens.
         eos_id: stop a row here; None never stops early.
-        num_ids: never give an id from here up: a padded vocabulary has rows that no tokenizer knows. None: all rows are ids.
+        num_ids: never give an id from here up: the model's vocabulary may be larger than the tokenizer's. None: all of it are ids.
         compute_dtype: dtype of the layers and the cache.
 
     Raises:
@@ -145,7 +146,7 @@ def _prefill(settings: _Settings, params: Params, prompts_BP: jax.Array, padding
         return attention(q_BHPK, k_BGPK, v_BGPK, segment_ids_BP, config), (k_BGPK, v_BGPK)
 
     def layer_step(x_BPD: jax.Array, layer: Params) -> tuple[jax.Array, Cache]:
-        return decoder_layer(x_BPD, layer, rope, attend, config)
+        return decoder_layer(x_BPD, layer, rope, attend, config, Precision(settings.compute_dtype))
 
     x_BPD, cache = jax.lax.scan(layer_step, embed_tokens(params, prompts_BP, settings.compute_dtype), params["layers"])
     room = [(0, 0), (0, 0), (0, 0), (0, settings.max_new_tokens), (0, 0)]
@@ -170,7 +171,7 @@ def _decode(
             values = jax.lax.dynamic_update_slice_in_dim(values_BGTK, v_BG1K, slot, axis=2)
             return masked_attention(q_BH1K, keys, values, mask_BST), (keys, values)
 
-        return decoder_layer(x_B1D, layer, rope, attend, config)
+        return decoder_layer(x_B1D, layer, rope, attend, config, Precision(settings.compute_dtype))
 
     x_B1D = embed_tokens(params, tokens_B[:, None], settings.compute_dtype)
     x_B1D, cache = jax.lax.scan(layer_step, x_B1D, (params["layers"], cache))
@@ -178,7 +179,7 @@ def _decode(
 
 
 def _last_logits(settings: _Settings, params: Params, x_B1D: jax.Array) -> jax.Array:
-    logits_BV = unembed(params, rms_norm(x_B1D, params["norm"], settings.config.layer_norm_epsilon))[:, 0]
+    logits_BV = unembed(params, rms_norm(x_B1D, params["norm"], settings.config.layer_norm_epsilon), settings.config)[:, 0]
     if settings.num_ids is None:
         return logits_BV
     return jnp.where(jnp.arange(logits_BV.shape[-1]) < settings.num_ids, logits_BV, -jnp.inf)
@@ -205,7 +206,9 @@ def _check_settings(config: LlamaConfig, max_new_tokens: int, temperature: float
 
 
 def _check_prompts(config: LlamaConfig, prompts: list[list[int]], max_new_tokens: int) -> None:
-    vocab_size = param_shapes(config)["embed"].shape[0]
+    vocab_size = config.vocab_size
+    if vocab_size is None:
+        raise ValueError("model.vocab_size is unset: set it, or take it from the tokenizer with config.with_vocab(size)")
     for index, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompts[{index}] is empty: begin it with the BOS id")

@@ -52,8 +52,11 @@ class _Tensor(NamedTuple):
     transposed: bool
 
     def view(self, params: Params) -> Any:
-        """Its part of the tree, in our orientation."""
-        return params[self.name] if self.layer is None else params["layers"][self.name][self.layer]
+        """Its part of the tree, in our orientation, without the padding of the vocabulary."""
+        if self.layer is not None:
+            return params["layers"][self.name][self.layer]
+        rows, *columns = self.shape[::-1] if self.transposed else self.shape
+        return params[self.name][(slice(rows), *map(slice, columns))]
 
 
 def save_hf(
@@ -86,8 +89,8 @@ def save_hf(
         raise ValueError(f"dtype={dtype!r}: use one of {', '.join(_DTYPES)}")
     tensors = _tensors(config)
     _check_params(config, params)
-    vocab_size = param_shapes(config)["embed"].shape[0]
-    exported = None if tokenizer is None else HfTokenizer(tokenizer, vocab_size=vocab_size, seq_len=config.seq_len)
+    assert config.vocab_size is not None  # `_tensors` needed it
+    exported = None if tokenizer is None else HfTokenizer(tokenizer, vocab_size=config.vocab_size, seq_len=config.seq_len)
     special = SpecialIds() if exported is None else exported.special
     shards = _plan_shards(tensors, max_shard_bytes, _DTYPES[dtype].itemsize)
 
@@ -122,7 +125,7 @@ def load_hf(path: Path | str) -> tuple[LlamaConfig, Params]:
     directory = Path(path)
     config = from_hf(_read_json(directory / CONFIG_FILE), str(directory / CONFIG_FILE))
     tensors = _tensors(config)
-    params = jax.tree.map(lambda array: np.empty(array.shape, np.float32), param_shapes(config))
+    params = jax.tree.map(lambda array: np.zeros(array.shape, np.float32), param_shapes(config))
     found: set[str] = set()
     for file_name, listed in _weight_files(directory).items():
         for name, stored in _stored_tensors(directory / file_name, listed):
@@ -151,12 +154,14 @@ def load_hf(path: Path | str) -> tuple[LlamaConfig, Params]:
 def _tensors(config: LlamaConfig) -> dict[str, _Tensor]:
     """Every tensor of the Hugging Face state by its name."""
     shapes = param_shapes(config)
+    assert config.vocab_size is not None  # `param_shapes` needed it
+    vocabulary = (config.vocab_size, config.hidden_dim)
     table = {
-        "model.embed_tokens.weight": _Tensor("embed", None, shapes["embed"].shape, False),
+        "model.embed_tokens.weight": _Tensor("embed", None, vocabulary, False),
         "model.norm.weight": _Tensor("norm", None, shapes["norm"].shape, False),
     }
     if not config.tie_word_embeddings:
-        table["lm_head.weight"] = _Tensor("head", None, shapes["head"].shape[::-1], True)
+        table["lm_head.weight"] = _Tensor("head", None, vocabulary, True)
     for layer in range(config.num_layers):
         for ours, theirs in _LAYER_NAMES.items():
             shape = shapes["layers"][ours].shape[1:]

@@ -23,8 +23,10 @@ from jax.typing import DTypeLike
 
 from model.attention import attention
 from model.config import LlamaConfig
-from model.parameters import Params, init_params, logical_axes, num_params, param_shapes
+from model.linear import FLOAT32, Precision, linear
+from model.parameters import Params, init_params, logical_axes, param_shapes
 from model.partitioning import constrain
+from model.remat import rematerialised
 from model.rope import apply_rope, rope_tables
 
 __all__ = [
@@ -35,7 +37,6 @@ __all__ = [
     "hidden_states",
     "init_params",
     "logical_axes",
-    "num_params",
     "output_head",
     "param_shapes",
     "rms_norm",
@@ -56,8 +57,9 @@ def forward(
     compute_dtype: DTypeLike = jnp.float32,
 ) -> jax.Array:
     """Next-token logits, float32 [B, S, V], of int `tokens` [B, S]; the other arguments as in `hidden_states`."""
-    x_BSD = hidden_states(params, tokens, config, segment_ids=segment_ids, positions=positions, compute_dtype=compute_dtype)
-    return unembed(params, x_BSD)
+    precision = Precision(compute_dtype)
+    x_BSD = hidden_states(params, tokens, config, segment_ids=segment_ids, positions=positions, precision=precision)
+    return unembed(params, x_BSD, config)
 
 
 def hidden_states(
@@ -67,10 +69,10 @@ def hidden_states(
     *,
     segment_ids: jax.Array | None = None,
     positions: jax.Array | None = None,
-    compute_dtype: DTypeLike = jnp.float32,
+    precision: Precision = FLOAT32,
     mesh: Mesh | None = None,
 ) -> jax.Array:
-    """The residual stream after the last layer and the final norm, [B, S, D] in `compute_dtype`.
+    """The residual stream after the last layer and the final norm, [B, S, D] in `precision.compute`.
 
     Args:
         params: the tree of `model.parameters`, float32.
@@ -78,23 +80,22 @@ def hidden_states(
         segment_ids: int [B, S]; a token attends to earlier tokens of its own id only. None: one segment a row.
         positions: int [B, S] for the rotary embedding, restarting in each document. None: 0, 1, ... along the row, which
             attention cannot tell apart because rotary scores depend on distances alone.
-        compute_dtype: dtype of the layers; norms, rotation and softmax are float32 whatever it is.
-        mesh: lay activations out over it by the logical rules; None leaves that to the compiler.
+        precision: dtypes of the layers; norms, rotation and softmax are float32 whatever they are.
+        mesh: lay activations out over it by the logical rules; None leaves that to the compiler. Where its `context` axis is
+            larger than 1, all arrays have their tokens in the order of `model.context_parallel` and `positions` is required.
     """
     if positions is None:
         positions = jnp.arange(tokens.shape[1])[None]
     rope = rope_tables(positions, config)
 
     def attend(q_BHSK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array) -> tuple[jax.Array, None]:
-        return attention(q_BHSK, k_BGSK, v_BGSK, segment_ids, config), None
+        return attention(q_BHSK, k_BGSK, v_BGSK, segment_ids, config, mesh), None
 
     def layer_step(x_BSD: jax.Array, layer: Params) -> tuple[jax.Array, None]:
-        return decoder_layer(x_BSD, layer, rope, attend, config, mesh)
+        return decoder_layer(x_BSD, layer, rope, attend, config, precision, mesh)
 
-    if config.gradient_checkpointing:
-        # A scan already keeps the recomputation apart from the forward pass; unrolled layers need the barrier.
-        layer_step = jax.checkpoint(layer_step, prevent_cse=not config.scan_layers)
-    x_BSD = embed_tokens(params, tokens, compute_dtype, mesh)
+    layer_step = rematerialised(layer_step, config.remat, scanned=config.scan_layers)
+    x_BSD = embed_tokens(params, tokens, precision.compute, mesh)
     if config.scan_layers:
         x_BSD, _ = jax.lax.scan(layer_step, x_BSD, params["layers"])
     else:
@@ -109,19 +110,22 @@ def embed_tokens(params: Params, tokens_BS: jax.Array, dtype: DTypeLike, mesh: M
     The lookup is in float32, so that the gradient of a frequent token is summed in float32 too. On a mesh each device
     first looks up its own columns for every token of its replica, which keeps table and gradient split.
     """
-    tokens_BS = constrain(jnp.asarray(tokens_BS), ("replica", None), mesh)
-    x_BSD = constrain(jnp.asarray(params["embed"])[tokens_BS], ("replica", None, "embed"), mesh)
-    return constrain(x_BSD.astype(dtype), ("batch", None, None), mesh)
+    tokens_BS = constrain(jnp.asarray(tokens_BS), ("replica", "sequence"), mesh)
+    x_BSD = constrain(jnp.asarray(params["embed"])[tokens_BS], ("replica", "sequence", "embed"), mesh)
+    return constrain(x_BSD.astype(dtype), ("batch", "sequence", None), mesh)
 
 
 def output_head(params: Params) -> jax.Array:
-    """The output matrix [D, V]: the head, or the embedding transposed when the two are tied."""
+    """The output matrix [D, V], its padded columns too: the head, or the embedding transposed when the two are tied."""
     return params["head"] if "head" in params else params["embed"].T
 
 
-def unembed(params: Params, x_BSD: jax.Array) -> jax.Array:
-    """Float32 logits [B, S, V]; the product itself runs in the dtype of `x_BSD`."""
-    return jnp.einsum("bsd,dv->bsv", x_BSD, output_head(params).astype(x_BSD.dtype), preferred_element_type=jnp.float32)
+def unembed(params: Params, x_BSD: jax.Array, config: LlamaConfig) -> jax.Array:
+    """Float32 logits [B, S, V] of the vocabulary without its padding; the product itself runs in the dtype of `x_BSD`."""
+    head_DV = output_head(params)[:, : config.vocab_size].astype(x_BSD.dtype)
+    logits_BSV = jnp.einsum("bsd,dv->bsv", x_BSD, head_DV, preferred_element_type=jnp.float32)
+    cap = config.logit_soft_cap
+    return logits_BSV if cap is None else cap * jnp.tanh(logits_BSV / cap)
 
 
 def rms_norm(x_BSD: jax.Array, weight_D: jax.Array, epsilon: float) -> jax.Array:
@@ -137,6 +141,7 @@ def decoder_layer(
     rope: tuple[jax.Array, jax.Array],
     attend: Attend,
     config: LlamaConfig,
+    precision: Precision,
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, Any]:
     """One layer: x + attention(norm(x)), then x + mlp(norm(x)).
@@ -145,15 +150,16 @@ def decoder_layer(
         layer: one layer's slice of `params["layers"]`.
         rope: the tables of the tokens' positions.
         attend: the attention to use; training masks by segment, generation reads and grows a cache.
+        precision: dtypes of the products.
 
     Returns:
         The new [B, S, D], and the state that `attend` returned.
     """
     h_BSD = rms_norm(x_BSD, layer["attn_norm"], config.layer_norm_epsilon)
-    update, state = _attention_block(h_BSD, layer, rope, attend, config, mesh)
-    x_BSD = constrain(x_BSD + update, ("batch", None, None), mesh)
+    update, state = _attention_block(h_BSD, layer, rope, attend, config, precision, mesh)
+    x_BSD = constrain(x_BSD + update, ("batch", "sequence", None), mesh)
     h_BSD = rms_norm(x_BSD, layer["mlp_norm"], config.layer_norm_epsilon)
-    return constrain(x_BSD + _mlp_block(h_BSD, layer, mesh), ("batch", None, None), mesh), state
+    return constrain(x_BSD + _mlp_block(h_BSD, layer, precision, mesh), ("batch", "sequence", None), mesh), state
 
 
 def _attention_block(
@@ -162,27 +168,27 @@ def _attention_block(
     rope: tuple[jax.Array, jax.Array],
     attend: Attend,
     config: LlamaConfig,
+    precision: Precision,
     mesh: Mesh | None,
 ) -> tuple[jax.Array, Any]:
+    width, size = config.hidden_dim, config.head_size
+
     def heads(name: str, axis: str) -> jax.Array:
-        weight = _gathered(layer[name], (None, axis), h_BSD.dtype, mesh).reshape(config.hidden_dim, -1, config.head_size)
-        projected = checkpoint_name(jnp.einsum("bsd,dhk->bhsk", h_BSD, weight), "qkv")
-        return constrain(projected, ("batch", axis, None, None), mesh)
+        projected = linear("bsd,dhk->bhsk", h_BSD, layer[name], ("embed", axis), (width, -1, size), precision, mesh)
+        return constrain(checkpoint_name(projected, "qkv"), ("batch", axis, "sequence", None), mesh)
 
     q_BHSK, k_BGSK, v_BGSK = heads("wq", "heads"), heads("wk", "kv"), heads("wv", "kv")
     output_BHSK, state = attend(apply_rope(q_BHSK, rope), apply_rope(k_BGSK, rope), v_BGSK)
     output_BHSK = checkpoint_name(output_BHSK, "attn_out")
-    wo = _gathered(layer["wo"], ("heads", None), h_BSD.dtype, mesh).reshape(-1, config.head_size, config.hidden_dim)
-    return jnp.einsum("bhsk,hkd->bsd", output_BHSK, wo), state
+    return linear("bhsk,hkd->bsd", output_BHSK, layer["wo"], ("heads_fsdp", None), (-1, size, width), precision, mesh), state
 
 
-def _mlp_block(h_BSD: jax.Array, layer: Params, mesh: Mesh | None) -> jax.Array:
-    gate_BSF = checkpoint_name(h_BSD @ _gathered(layer["w_gate"], (None, "mlp"), h_BSD.dtype, mesh), "mlp_gate")
-    up_BSF = checkpoint_name(h_BSD @ _gathered(layer["w_up"], (None, "mlp"), h_BSD.dtype, mesh), "mlp_up")
-    activation_BSF = constrain(jax.nn.silu(gate_BSF) * up_BSF, ("batch", None, "mlp"), mesh)
-    return activation_BSF @ _gathered(layer["w_down"], ("mlp", None), h_BSD.dtype, mesh)
+def _mlp_block(h_BSD: jax.Array, layer: Params, precision: Precision, mesh: Mesh | None) -> jax.Array:
+    width, intermediate = layer["w_gate"].shape
 
+    def widened(name: str) -> jax.Array:
+        return linear("bsd,df->bsf", h_BSD, layer[name], ("embed", "mlp"), (width, intermediate), precision, mesh)
 
-def _gathered(weight: jax.Array, axes: tuple[str | None, ...], dtype: DTypeLike, mesh: Mesh | None) -> jax.Array:
-    """The weight in the compute dtype, whole over `fsdp`: cast first, so that the all-gather moves half the bytes."""
-    return constrain(weight.astype(dtype), axes, mesh)
+    gate_BSF, up_BSF = checkpoint_name(widened("w_gate"), "mlp_gate"), checkpoint_name(widened("w_up"), "mlp_up")
+    activation_BSF = constrain(jax.nn.silu(gate_BSF) * up_BSF, ("batch", "sequence", "mlp"), mesh)
+    return linear("bsf,fd->bsd", activation_BSF, layer["w_down"], ("mlp_fsdp", None), (intermediate, width), precision, mesh)

@@ -10,6 +10,7 @@ C tokens in one chunk, N chunks.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -19,6 +20,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+
+from model.partitioning import live_axes
+
+# libtpu scatters arrays up to about 128 MB; above, it sums them everywhere and cuts, twice the bytes.
+SCATTER_COLUMNS = 8192
 
 
 class LossSums(NamedTuple):
@@ -39,9 +46,13 @@ class _Plan:
 
     z_loss_weight: float
     chunk_size: int
+    vocab_size: int  # columns of the head from here up are padding
+    logit_soft_cap: float | None
+    gradient_dtype: DTypeLike  # in which the parts of the head's gradient cross between devices
     mesh: Mesh | None
-    batch_axes: tuple[str, ...] = ()  # over which tokens are split
-    hidden_axis: str | None = None  # over which the rows of the head are split
+    batch_axes: tuple[str, ...] = ()  # over which rows are split
+    sequence_axes: tuple[str, ...] = ()  # over which the tokens of a row are split
+    hidden_axes: tuple[str, ...] = ()  # over which the rows of the head are split
     vocab_axis: str | None = None  # over which the columns of the head are split
 
 
@@ -53,12 +64,16 @@ def next_token_loss(
     *,
     z_loss_weight: float,
     chunk_size: int,
+    vocab_size: int | None = None,
+    logit_soft_cap: float | None = None,
+    gradient_dtype: DTypeLike = jnp.float32,
     mesh: Mesh | None = None,
 ) -> LossSums:
     """Sums over tokens of w * (ce + z), w * ce, w * z and w, with ce = lse - logit[y] and z = z_loss_weight * lse^2.
 
     lse is the float32 logsumexp of the token's logits; the z term is PaLM's (Chowdhery et al. 2022). The logits are
-    the product in the dtype of `hidden_BSD`, summed in float32. Differentiable in `hidden_BSD` and `head_DV`, through
+    the product in the dtype of `hidden_BSD`, summed in float32, then cap * tanh(logit / cap) where there is a cap
+    (Gemma 2, 2024, section 2). Differentiable in `hidden_BSD` and `head_DV`, through
     `loss` alone.
 
     Args:
@@ -68,6 +83,9 @@ def next_token_loss(
         loss_weights_BS: weight of each token, zero where there is no loss.
         z_loss_weight: zero switches the z term off.
         chunk_size: tokens per chunk on each device; any remainder is padded with weight zero.
+        vocab_size: columns of the head from here up are padding and take no part; None: there are none.
+        logit_soft_cap: the cap; None leaves the logits as they are.
+        gradient_dtype: dtype in which the parts of the head's gradient are summed over devices; on one, float32.
         mesh: a mesh of `model.partitioning.make_mesh`, or None for one device.
 
     Raises:
@@ -78,30 +96,33 @@ def next_token_loss(
             f"targets {targets_BS.shape} and loss weights {loss_weights_BS.shape} must have the hidden states' [B, S] "
             f"{hidden_BSD.shape[:2]}"
         )
-    plan = _plan(hidden_BSD.shape[0], head_DV.shape, z_loss_weight, chunk_size, mesh)
+    if chunk_size < 1:
+        raise ValueError(f"model.cross_entropy_block_size={chunk_size}: use at least one token per chunk")
+    vocab_size = head_DV.shape[1] if vocab_size is None else vocab_size
+    plan = _Plan(z_loss_weight, chunk_size, vocab_size, logit_soft_cap, gradient_dtype, mesh)
+    if mesh is not None:
+        plan = _split(plan, mesh, hidden_BSD.shape, head_DV.shape)
     return _fused_loss(plan, hidden_BSD, head_DV, targets_BS, loss_weights_BS.astype(jnp.float32))
 
 
-def _plan(batch: int, head_shape: tuple[int, ...], z_loss_weight: float, chunk_size: int, mesh: Mesh | None) -> _Plan:
-    if chunk_size < 1:
-        raise ValueError(f"model.cross_entropy_block_size={chunk_size}: use at least one token per chunk")
-    if mesh is None:
-        return _Plan(z_loss_weight, chunk_size, None)
-    batch_axes = tuple(name for name in ("data", "fsdp") if mesh.shape[name] > 1)
-    rows = math.prod(mesh.shape[name] for name in batch_axes)
-    if batch % rows:
-        raise ValueError(
-            f"the batch of {batch} sequences is not a multiple of the {rows} devices on the mesh axes data and fsdp: "
-            f"change train.train_batch_size or pad with rows of weight zero"
-        )
+def _split(plan: _Plan, mesh: Mesh, hidden_shape: tuple[int, ...], head_shape: tuple[int, ...]) -> _Plan:
+    batch_axes, sequence_axes, hidden_axes = (live_axes(name, mesh) for name in ("batch", "sequence", "embed"))
+    for size, axes, what in ((hidden_shape[0], batch_axes, "batch"), (hidden_shape[1], sequence_axes, "sequence")):
+        ways = math.prod(mesh.shape[name] for name in axes)
+        if size % ways:
+            raise ValueError(
+                f"the {what} of {size} is not a multiple of the {ways} devices on the mesh axes {', '.join(axes)}: "
+                f"change train.{'train_batch_size' if what == 'batch' else 'train_seq_len'} or the mesh"
+            )
     if head_shape[1] % mesh.shape["tensor"]:
         raise ValueError(
-            f"model.vocab_size={head_shape[1]} is not a multiple of the mesh axis tensor={mesh.shape['tensor']}: "
-            f"raise model.vocab_size or change train.tensor_parallel_size"
+            f"the head's {head_shape[1]} columns are not a multiple of the mesh axis tensor={mesh.shape['tensor']}: "
+            f"raise model.pad_vocab_to_multiple_of or change train.tensor_parallel_size"
         )
-    hidden_axis = "fsdp" if mesh.shape["fsdp"] > 1 and head_shape[0] % mesh.shape["fsdp"] == 0 else None
+    if head_shape[0] % math.prod(mesh.shape[name] for name in hidden_axes):
+        hidden_axes = ()
     vocab_axis = "tensor" if mesh.shape["tensor"] > 1 else None
-    return _Plan(z_loss_weight, chunk_size, mesh, batch_axes, hidden_axis, vocab_axis)
+    return dataclasses.replace(plan, batch_axes=batch_axes, sequence_axes=sequence_axes, hidden_axes=hidden_axes, vocab_axis=vocab_axis)
 
 
 def _fused_loss_primal(plan: _Plan, hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array) -> LossSums:
@@ -133,7 +154,8 @@ def _over_devices(
     """The sums and, if wanted, the gradients of `loss` in hidden states and head (else an empty tuple)."""
     local = functools.partial(_local_loss, plan, with_gradients=with_gradients)
     if plan.mesh is not None:
-        tokens, hidden_spec, head_spec = P(plan.batch_axes), P(plan.batch_axes), P(plan.hidden_axis, plan.vocab_axis)
+        tokens = hidden_spec = P(plan.batch_axes, plan.sequence_axes)
+        head_spec = P(plan.hidden_axes, plan.vocab_axis)
         gradient_specs = (hidden_spec, head_spec) if with_gradients else ()
         local = jax.shard_map(
             local,
@@ -150,8 +172,8 @@ def _local_loss(
 ) -> tuple[LossSums, tuple[jax.Array, ...]]:
     """One device's share of `_over_devices`, reduced over the devices that hold the other shares."""
     head_DV = head.astype(hidden.dtype)
-    if plan.hidden_axis:
-        head_DV = jax.lax.all_gather(head_DV, plan.hidden_axis, axis=0, tiled=True)
+    if plan.hidden_axes:
+        head_DV = jax.lax.all_gather(head_DV, plan.hidden_axes, axis=0, tiled=True)
     chunk = min(plan.chunk_size, targets.size)
 
     def chunk_step(carry: tuple[LossSums, jax.Array], tokens: tuple[jax.Array, ...]) -> tuple[tuple[LossSums, jax.Array], Any]:
@@ -175,8 +197,8 @@ def _local_loss(
         _chunks(weights.reshape(-1), chunk),
     )
     (sums, d_head), d_hidden_NCD = jax.lax.scan(chunk_step, (LossSums(zero, zero, zero, zero), d_head), tokens)
-    if plan.batch_axes:
-        sums = jax.lax.psum(sums, plan.batch_axes)
+    if plan.batch_axes + plan.sequence_axes:
+        sums = jax.lax.psum(sums, plan.batch_axes + plan.sequence_axes)
     if not with_gradients:
         return sums, ()
     d_hidden = d_hidden_NCD.reshape(-1, hidden.shape[-1])[: targets.size].reshape(hidden.shape)
@@ -188,15 +210,18 @@ def _local_loss(
 def _chunk_loss(plan: _Plan, x_CD: jax.Array, head_DV: jax.Array, targets_C: jax.Array, weights_C: jax.Array) -> tuple[LossSums, jax.Array]:
     """One chunk's sums, and the gradient of its loss in this device's logits, float32 [C, V]."""
     axis = plan.vocab_axis
-    logits_CV = jnp.einsum("cd,dv->cv", x_CD, head_DV, preferred_element_type=jnp.float32)
-    vocab = logits_CV.shape[1]
-    maximum_C = logits_CV.max(axis=-1)
-    columns_C = targets_C
+    raw_CV = jnp.einsum("cd,dv->cv", x_CD, head_DV, preferred_element_type=jnp.float32)
+    cap = plan.logit_soft_cap
+    logits_CV = raw_CV if cap is None else cap * jnp.tanh(raw_CV / cap)
+    columns_V = jnp.arange(raw_CV.shape[1])
+    if axis:
+        columns_V = columns_V + raw_CV.shape[1] * jax.lax.axis_index(axis)
+    known_V = columns_V < plan.vocab_size
+    maximum_C = jnp.where(known_V, logits_CV, -jnp.inf).max(axis=-1)
     if axis:
         maximum_C = jax.lax.pmax(maximum_C, axis)
-        columns_C = targets_C - vocab * jax.lax.axis_index(axis)
-    exponentials_CV = jnp.exp(logits_CV - maximum_C[:, None])
-    here_CV = columns_C[:, None] == jnp.arange(vocab)
+    exponentials_CV = jnp.where(known_V, jnp.exp(logits_CV - maximum_C[:, None]), 0.0)
+    here_CV = known_V & (targets_C[:, None] == columns_V)
     partial = (exponentials_CV.sum(axis=-1), jnp.where(here_CV, logits_CV, 0.0).sum(axis=-1), here_CV.any(axis=-1).astype(jnp.int32))
     normaliser_C, target_logit_C, found_C = jax.lax.psum(partial, axis) if axis else partial
 
@@ -207,6 +232,8 @@ def _chunk_loss(plan: _Plan, x_CD: jax.Array, head_DV: jax.Array, targets_C: jax
     cross_entropy, z_loss = (jnp.where(weights_C != 0, weights_C * term, 0.0).sum() for term in (cross_entropy_C, z_loss_C))
     probabilities_scale_C = (1.0 + 2.0 * plan.z_loss_weight * logsumexp_C) / normaliser_C
     d_logits_CV = (exponentials_CV * probabilities_scale_C[:, None] - here_CV) * weights_C[:, None]
+    if cap is not None:
+        d_logits_CV = d_logits_CV * (1.0 - (logits_CV / cap) ** 2)
     return LossSums(cross_entropy + z_loss, cross_entropy, z_loss, weights_C.sum()), d_logits_CV
 
 
@@ -219,7 +246,11 @@ def _chunks(tokens: jax.Array, chunk: int) -> jax.Array:
 
 def _reduce_head_gradient(plan: _Plan, d_head_DV: jax.Array) -> jax.Array:
     """The head's gradient summed over all tokens, and this device's rows of it where the rows are split."""
-    whole = tuple(axis for axis in plan.batch_axes if axis != plan.hidden_axis)
-    if plan.hidden_axis:
-        d_head_DV = jax.lax.psum_scatter(d_head_DV, plan.hidden_axis, scatter_dimension=0, tiled=True)
+    whole = tuple(axis for axis in plan.batch_axes + plan.sequence_axes if axis not in plan.hidden_axes)
+    if whole or plan.hidden_axes:
+        d_head_DV = d_head_DV.astype(plan.gradient_dtype)
+    for axis in plan.hidden_axes:
+        scatter = functools.partial(jax.lax.psum_scatter, axis_name=axis, scatter_dimension=0, tiled=True)
+        columns = range(0, d_head_DV.shape[1], SCATTER_COLUMNS)
+        d_head_DV = jnp.concatenate([scatter(d_head_DV[:, start : start + SCATTER_COLUMNS]) for start in columns], axis=1)
     return jax.lax.psum(d_head_DV, whole) if whole else d_head_DV

@@ -4,7 +4,7 @@
      "layers": {"attn_norm", "mlp_norm": [L, D], "wq": [L, D, H*K], "wk", "wv": [L, D, G*K], "wo": [L, H*K, D],
                 "w_gate", "w_up": [L, D, F], "w_down": [L, F, D]}}
 
-L layers, D hidden width, H query heads, G key/value heads, K head width, F feed-forward width, V vocabulary.
+L layers, D hidden width, H query heads, G key/value heads, K head width, F feed-forward width, V vocabulary with its padding.
 Matrices are [in, out]. Layers are stacked on a leading axis, so that one compiled layer can be scanned over them.
 """
 
@@ -41,11 +41,6 @@ def logical_axes(config: LlamaConfig) -> Params:
     return _map_table(config, lambda parameter: parameter.axes)
 
 
-def num_params(config: LlamaConfig) -> int:
-    """Number of parameters, embedding and head included."""
-    return sum(math.prod(parameter.shape) for parameter in _flatten(config)[0])
-
-
 def init_params(config: LlamaConfig, key: jax.Array) -> Params:
     """Initial float32 parameters, the same bits for the same key on any mesh (Levanter's scheme).
 
@@ -66,9 +61,7 @@ def init_params(config: LlamaConfig, key: jax.Array) -> Params:
 
 
 def _table(config: LlamaConfig) -> Params:
-    if config.vocab_size is None:
-        raise ValueError("model.vocab_size is unset: set it, or take it from the tokenizer with config.with_vocab(size)")
-    layers, hidden, intermediate, vocab = config.num_layers, config.hidden_dim, config.intermediate_dim, config.vocab_size
+    layers, hidden, intermediate, vocab = config.num_layers, config.hidden_dim, config.intermediate_dim, config.padded_vocab_size
     queries, keys = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
 
     def linear(fan_in: int, fan_out: int, *axes: str) -> _Parameter:
@@ -84,10 +77,10 @@ def _table(config: LlamaConfig) -> Params:
             "wq": linear(hidden, queries, "embed", "heads"),
             "wk": linear(hidden, keys, "embed", "kv"),
             "wv": linear(hidden, keys, "embed", "kv"),
-            "wo": linear(queries, hidden, "heads", "embed"),
+            "wo": linear(queries, hidden, "heads_fsdp", "norm"),
             "w_gate": linear(hidden, intermediate, "embed", "mlp"),
             "w_up": linear(hidden, intermediate, "embed", "mlp"),
-            "w_down": linear(intermediate, hidden, "mlp", "embed"),
+            "w_down": linear(intermediate, hidden, "mlp_fsdp", "norm"),
         },
     }
     if not config.tie_word_embeddings:

@@ -1,69 +1,86 @@
-"""Where arrays live: the device mesh, the rules from logical to mesh axes, and the shardings they give.
+"""Where arrays live: the rules from logical to mesh axes, and the shardings they give.
 
-The mesh has three axes. `data` replicates the weights, `fsdp` splits weights and batch (ZeRO-3), `tensor` splits heads,
-feed-forward width and vocabulary (Megatron). The arithmetic in `model.llama` names logical axes only.
+The arithmetic in `model.llama` names logical axes only; the mesh is in `model.mesh`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from model.batch_arithmetic import check_tensor_split
 from model.config import LlamaConfig
+from model.mesh import MESH_AXES, make_mesh
 from model.parameters import Params, logical_axes, param_shapes
 
-MESH_AXES = ("data", "fsdp", "tensor")
+__all__ = [
+    "LOGICAL_RULES",
+    "MESH_AXES",
+    "batch_sharding",
+    "constrain",
+    "gathered_over_fsdp",
+    "live_axes",
+    "make_mesh",
+    "param_shardings",
+    "spec",
+]
+    "LOGICAL_RULES",
+    "MESH_AXES",
+    "batch_sharding",
+    "constrain",
+    "gathered_over_fsdp",
+    "live_axes",
+    "make_mesh",
+    "param_shardings",
+    "spec",
+]
 
+# Weights are split over fsdp along their rows, whichever dimension of the model those are: the compiler scatters gradients
+# along rows only, of columns it sends everything everywhere.
 LOGICAL_RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
-    "replica": ("data",),  # batch rows that every device of an `fsdp` group works on together
-    "embed": ("fsdp",),
+    "batch": ("data", "fsdp", "fsdp_ring"),
+    "replica": ("data",),  # batch rows that every device of an fsdp group works on together
+    "sequence": ("context",),
+    "embed": ("fsdp", "fsdp_ring"),
     "heads": ("tensor",),
+    "heads_fsdp": ("tensor", "fsdp", "fsdp_ring"),
     "kv": ("tensor",),
     "mlp": ("tensor",),
+    "mlp_fsdp": ("tensor", "fsdp", "fsdp_ring"),
     "vocab": ("tensor",),
     "layers": (),
     "norm": (),
 }
 
 
-def make_mesh(*, data: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of `devices` (JAX devices; default: all of them) with `MESH_AXES`; the `fsdp` axis takes what data and tensor leave.
+def live_axes(axis: str, mesh: Mesh) -> tuple[str, ...]:
+    """The mesh axes, larger than 1, that a logical axis is split over.
 
     Raises:
-        ValueError: data * tensor does not divide the number of devices.
+        ValueError: the axis has no rule.
     """
-    devices = jax.devices() if devices is None else list(devices)
-    if data < 1 or tensor < 1 or len(devices) % (data * tensor):
-        raise ValueError(
-            f"train.data_parallel_size={data} times train.tensor_parallel_size={tensor} does not divide the {len(devices)} devices: "
-            f"choose sizes whose product divides {len(devices)}"
-        )
-    shape = (data, len(devices) // (data * tensor), tensor)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    if axis not in LOGICAL_RULES:
+        raise ValueError(f"logical axis {axis!r} has no rule: use one of {', '.join(LOGICAL_RULES)}")
+    return tuple(name for name in LOGICAL_RULES[axis] if mesh.shape[name] > 1)
 
 
 def spec(axes: Sequence[str | None], mesh: Mesh, shape: Sequence[int] | None = None) -> P:
     """The partition of an array with these logical axes (None: not split).
 
-    Mesh axes of size 1 are left out. Where `shape` is given, a dimension that its mesh axes do not divide is not split.
+    Mesh axes of size 1 are left out. Where `shape` is given, a dimension is split over the first of its axes that divide it.
 
     Raises:
         ValueError: an axis has no rule.
     """
     parts: list[str | tuple[str, ...] | None] = []
     for dimension, axis in enumerate(axes):
-        if axis is not None and axis not in LOGICAL_RULES:
-            raise ValueError(f"logical axis {axis!r} has no rule: use one of {', '.join(LOGICAL_RULES)}")
-        live = tuple(name for name in LOGICAL_RULES.get(axis or "", ()) if mesh.shape[name] > 1)
-        if shape is not None and shape[dimension] % math.prod(mesh.shape[name] for name in live):
-            live = ()
+        live = () if axis is None else live_axes(axis, mesh)
+        while shape is not None and shape[dimension] % math.prod(mesh.shape[name] for name in live):
+            live = live[:-1]
         parts.append(live[0] if len(live) == 1 else live or None)
     return P(*parts)
 
@@ -82,9 +99,20 @@ def param_shardings(config: LlamaConfig, mesh: Mesh) -> Params:
     return jax.tree.map(lambda array, names: NamedSharding(mesh, spec(names, mesh, array.shape)), shapes, axes)
 
 
+def gathered_over_fsdp(partition: P, *, keep: Sequence[str] = ()) -> P:
+    """The partition without its fsdp axes, but for those in `keep`."""
+    dropped = {"fsdp", "fsdp_ring"} - set(keep)
+
+    def kept(part: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        names = tuple(name for name in ((part,) if isinstance(part, str) else part or ()) if name not in dropped)
+        return names[0] if len(names) == 1 else names or None
+
+    return P(*map(kept, partition))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of a [B, ...] batch: rows over `data` and `fsdp`, everything else whole."""
-    return NamedSharding(mesh, spec(("batch",), mesh))
+    """The sharding of a [B, S] batch: rows over the data and fsdp axes, tokens over `context`."""
+    return NamedSharding(mesh, spec(("batch", "sequence"), mesh))
 
 
 def constrain(x: jax.Array, axes: Sequence[str | None], mesh: Mesh | None) -> jax.Array:

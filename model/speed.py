@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from model.config import LlamaConfig
-from model.flops import PEAK_BF16_FLOPS, train_flops_per_token
+from model.flops import chip_of, train_flops_per_token
 
 
 def peak_flops_per_device() -> float:
     """Peak FLOP/s of one device: the published figure of a TPU, elsewhere the best float32 matmul measured now."""
     device = jax.local_devices()[0]
-    published = PEAK_BF16_FLOPS.get(device.device_kind)
-    return published if published is not None else _measured_matmul_flops() / jax.local_device_count()
+    chip = chip_of(device.device_kind)
+    return chip.bf16_flops if chip is not None else _measured_matmul_flops() / jax.local_device_count()
 
 
 def _measured_matmul_flops(size: int = 1024, repeats: int = 5) -> float:

@@ -29,9 +29,14 @@ class SimpleTrainConfig(Config):
     lr_schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="Shape after warmup.")
     z_loss_weight: float = Field(default=0.0, ge=0, description="Weight of logsumexp(logits)^2 (PaLM): keeps logits small.")
     compute_dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="Arithmetic of the layers; weights stay float32.")
+    gradient_sum_dtype: Literal["bfloat16", "float32"] | None = Field(
+        default=None, description="In which the devices' gradients are summed; unset means compute_dtype. Over microbatches: float32."
+    )
 
     accelerator_type: str | None = runtime(None, description="TPU slice name such as v4-128; unset means this machine's devices.")
+    slice_count: int = runtime(1, ge=1, description="TPU slices, each with a replica of the weights; gradients cross between them.")
     data_parallel_size: int = runtime(1, ge=1, description="Devices on the `data` mesh axis (weights replicated over it).")
+    context_parallel_size: int = runtime(1, ge=1, description="Devices on the `context` mesh axis (one sequence split over them).")
     tensor_parallel_size: int = runtime(1, ge=1, description="Devices on the `tensor` mesh axis (heads, mlp and vocabulary split).")
     per_device_parallelism: int = runtime(
         -1, ge=-1, description="Sequences per device at once; fewer than the batch needs means gradient accumulation. -1: all at once."

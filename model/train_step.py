@@ -15,6 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from model import llama, partitioning
 from model.config import LlamaConfig
+from model.context_parallel import context_size, spread_order
+from model.linear import Precision
 from model.losses import LossSums, next_token_loss
 from model.optimizer import make_optimizer
 from model.parameters import init_params, param_shapes
@@ -66,13 +68,15 @@ def abstract_state(config: LlamaConfig, train: SimpleTrainConfig, mesh: Mesh) ->
 
 def loss_sums(params: Any, batch: Batch, config: LlamaConfig, train: SimpleTrainConfig, mesh: Mesh) -> LossSums:
     """Loss of one batch as sums over its tokens (float32 scalars), with the tokens' total weight beside them."""
+    precision = Precision(jnp.dtype(train.compute_dtype), jnp.dtype(train.gradient_sum_dtype or train.compute_dtype))
+    batch = {name: spread_order(x, context_size(mesh), axis=1) for name, x in batch.items()}
     hidden_BSD = llama.hidden_states(
         params,
         batch["tokens"],
         config,
         segment_ids=batch["segment_ids"],
         positions=batch["positions"],
-        compute_dtype=jnp.dtype(train.compute_dtype),
+        precision=precision,
         mesh=mesh,
     )
     return next_token_loss(
@@ -82,6 +86,9 @@ def loss_sums(params: Any, batch: Batch, config: LlamaConfig, train: SimpleTrain
         batch["loss_weights"],
         z_loss_weight=train.z_loss_weight,
         chunk_size=config.cross_entropy_block_size,
+        vocab_size=config.vocab_size,
+        logit_soft_cap=config.logit_soft_cap,
+        gradient_dtype=precision.gradient,
         mesh=mesh,
     )
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from model.config import LlamaConfig
+from model.linear import Precision
 from model.llama import forward as forward_unjitted
 from model.llama import hidden_states, init_params, output_head
 
@@ -26,7 +27,7 @@ def test_logits_are_float32_of_the_vocabulary(params: dict) -> None:
         logits = forward(params, TOKENS, CONFIG, compute_dtype=dtype)
         assert logits.shape == (2, 32, 60)
         assert logits.dtype == jnp.float32
-        assert hidden_states(params, TOKENS, CONFIG, compute_dtype=dtype).dtype == dtype
+        assert hidden_states(params, TOKENS, CONFIG, precision=Precision(dtype)).dtype == dtype
 
 
 def test_bfloat16_stays_close_to_float32(params: dict) -> None:

@@ -6,14 +6,10 @@ import numpy as np
 import pytest
 
 from model.config import LlamaConfig
-from model.parameters import init_params, logical_axes, num_params, param_shapes
+from model.flops import num_parameters
+from model.parameters import init_params, logical_axes, param_shapes
 
 SMALL = LlamaConfig(seq_len=16, hidden_dim=64, intermediate_dim=96, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=24, vocab_size=200)
-
-
-def test_number_of_parameters_of_a_published_shape() -> None:
-    llama_2_7b = LlamaConfig(vocab_size=32_000)
-    assert num_params(llama_2_7b) == 6_738_415_616
 
 
 def test_shapes_axes_and_initial_values_have_one_structure() -> None:
@@ -22,13 +18,18 @@ def test_shapes_axes_and_initial_values_have_one_structure() -> None:
     assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
     axes = jax.tree.map(lambda shape, names: len(shape.shape) == len(names), shapes, logical_axes(SMALL))
     assert all(jax.tree.leaves(axes))
-    assert num_params(SMALL) == sum(x.size for x in jax.tree.leaves(params))
+    assert num_parameters(SMALL) == sum(x.size for x in jax.tree.leaves(params))
+
+
+def test_padding_adds_rows_to_the_embedding_and_columns_to_the_head() -> None:
+    shapes = param_shapes(SMALL.model_copy(update={"pad_vocab_to_multiple_of": 128}))
+    assert (shapes["embed"].shape, shapes["head"].shape) == ((256, 64), (64, 256))
 
 
 def test_tied_model_has_no_head() -> None:
     tied = SMALL.model_copy(update={"tie_word_embeddings": True})
     assert "head" not in init_params(tied, jax.random.key(0))
-    assert num_params(SMALL) - num_params(tied) == 200 * 64
+    assert num_parameters(SMALL) - num_parameters(tied) == 200 * 64
 
 
 @pytest.mark.parametrize(

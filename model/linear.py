@@ -1,0 +1,113 @@
+"""Products with weights that are split over the fsdp axes: gathered for use, their gradients scattered.
+
+The weight is cast before it is gathered, so that half the bytes move. Its gradient is summed over the chips in two steps,
+first over the plane of the torus and then over the ring, each of them a reduce-scatter; asked for both at once the
+compiler sums everything everywhere and throws most of it away (see `model.mesh`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.typing import DTypeLike
+
+from model.partitioning import gathered_over_fsdp, spec
+
+
+@dataclass(frozen=True)
+class Precision:
+    """In what numbers a product is made.
+
+    Attributes:
+        compute: dtype of both operands; sums inside one chip are float32 on every platform.
+        gradient: dtype in which the parts of a weight's gradient cross from chip to chip. bfloat16 halves the traffic and
+            rounds each part once per hop; float32 does not.
+    """
+
+    compute: DTypeLike = jnp.float32
+    gradient: DTypeLike = jnp.float32
+
+
+FLOAT32 = Precision()
+
+
+def linear(
+    equation: str,
+    x: jax.Array,
+    weight: jax.Array,
+    axes: Sequence[str | None],
+    shape: tuple[int, ...],
+    precision: Precision,
+    mesh: Mesh | None,
+) -> jax.Array:
+    """`einsum(equation, x, weight)` in the compute dtype, differentiable in both.
+
+    Args:
+        equation: two operands, for example "bsd,dhk->bhsk".
+        x: activations in the compute dtype.
+        weight: float32 [in, out].
+        axes: logical axes of `weight`'s two dimensions.
+        shape: what [in, out] is read as in the equation, for example [D, H, K].
+        precision: see `Precision`.
+        mesh: None for one device.
+    """
+    return _linear(_Product(equation, tuple(axes), shape, precision, mesh), x, weight)
+
+
+@dataclass(frozen=True)
+class _Product:
+    equation: str
+    axes: tuple[str | None, ...]
+    shape: tuple[int, ...]
+    precision: Precision
+    mesh: Mesh | None
+
+    def gathered(self, weight: jax.Array) -> jax.Array:
+        """The weight whole over the fsdp axes, in the compute dtype."""
+        weight = weight.astype(self.precision.compute)
+        if self.mesh is not None:
+            whole = gathered_over_fsdp(spec(self.axes, self.mesh, weight.shape))
+            weight = jax.lax.with_sharding_constraint(weight, NamedSharding(self.mesh, whole))
+        return weight.reshape(self.shape)
+
+    def backward_equations(self) -> tuple[str, str]:
+        """Those of the gradients in x and in the weight."""
+        operands, result = self.equation.split("->")
+        left, right = operands.split(",")
+        return f"{result},{right}->{left}", f"{left},{result}->{right}"
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear(product: _Product, x: jax.Array, weight: jax.Array) -> jax.Array:
+    return jnp.einsum(product.equation, x, product.gathered(weight))
+
+
+def _forward(product: _Product, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _linear(product, x, weight), (x, weight)
+
+
+def _backward(product: _Product, saved: tuple[jax.Array, jax.Array], d_y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, weight = saved
+    x_equation, weight_equation = product.backward_equations()
+    d_x = jnp.einsum(x_equation, d_y, product.gathered(weight))
+    d_weight = jnp.einsum(weight_equation, x, d_y, preferred_element_type=product.precision.gradient)
+    return d_x, scattered(d_weight.reshape(weight.shape), product.axes, product.mesh).astype(weight.dtype)
+
+
+_linear.defvjp(_forward, _backward)
+
+
+def scattered(d_weight: jax.Array, axes: Sequence[str | None], mesh: Mesh | None) -> jax.Array:
+    """The gradient laid out like its weight: first over the plane of the torus, then over the ring."""
+    if mesh is None:
+        return d_weight
+    final = spec(axes, mesh, d_weight.shape)
+    on_plane = gathered_over_fsdp(final, keep=("fsdp",))
+    for partition in dict.fromkeys((on_plane, final)):
+        d_weight = jax.lax.with_sharding_constraint(d_weight, NamedSharding(mesh, partition))
+    return d_weight
