@@ -28,16 +28,6 @@ __all__ = [
     "param_shardings",
     "spec",
 ]
-    "LOGICAL_RULES",
-    "MESH_AXES",
-    "batch_sharding",
-    "constrain",
-    "gathered_over_fsdp",
-    "live_axes",
-    "make_mesh",
-    "param_shardings",
-    "spec",
-]
 
 # Weights are split over fsdp along their rows, whichever dimension of the model those are: the compiler scatters gradients
 # along rows only, of columns it sends everything everywhere.
