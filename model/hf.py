@@ -3,7 +3,7 @@
     save_hf("out/hf", config, params, tokenizer="tokenizer.model")
     config, params = load_hf("out/hf")
 
-Hugging Face stores matrices as [out, in] and layer by layer; ours are [in, out] and stacked. Nothing else changes, so a
+Hugging Face stores matrices as [out, in] and layer by layer; ours are stacked and most are [in, out]. Nothing else changes, so a
 float32 export comes back bit for bit.
 """
 
@@ -41,6 +41,8 @@ _LAYER_NAMES = {
     "w_up": "mlp.up_proj",
     "w_down": "mlp.down_proj",
 }
+
+_STORED_ALIKE = {"w_gate", "w_up"}  # [out, in] here too
 
 
 class _Tensor(NamedTuple):
@@ -165,7 +167,8 @@ def _tensors(config: LlamaConfig) -> dict[str, _Tensor]:
     for layer in range(config.num_layers):
         for ours, theirs in _LAYER_NAMES.items():
             shape = shapes["layers"][ours].shape[1:]
-            table[f"model.layers.{layer}.{theirs}.weight"] = _Tensor(ours, layer, shape[::-1], len(shape) == 2)
+            transposed = len(shape) == 2 and ours not in _STORED_ALIKE
+            table[f"model.layers.{layer}.{theirs}.weight"] = _Tensor(ours, layer, shape[::-1] if transposed else shape, transposed)
     return table
 
 

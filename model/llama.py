@@ -184,10 +184,10 @@ def _attention_block(
 
 
 def _mlp_block(h_BSD: jax.Array, layer: Params, precision: Precision, mesh: Mesh | None) -> jax.Array:
-    width, intermediate = layer["w_gate"].shape
+    intermediate, width = layer["w_gate"].shape
 
     def widened(name: str) -> jax.Array:
-        return linear("bsd,df->bsf", h_BSD, layer[name], ("embed", "mlp"), (width, intermediate), precision, mesh)
+        return linear("bsd,fd->bsf", h_BSD, layer[name], ("mlp_fsdp", None), (intermediate, width), precision, mesh)
 
     gate_BSF, up_BSF = checkpoint_name(widened("w_gate"), "mlp_gate"), checkpoint_name(widened("w_up"), "mlp_up")
     activation_BSF = constrain(jax.nn.silu(gate_BSF) * up_BSF, ("batch", "sequence", "mlp"), mesh)

@@ -2,10 +2,12 @@
 
     {"embed": [V, D], "norm": [D], "head": [D, V] (absent when tied),
      "layers": {"attn_norm", "mlp_norm": [L, D], "wq": [L, D, H*K], "wk", "wv": [L, D, G*K], "wo": [L, H*K, D],
-                "w_gate", "w_up": [L, D, F], "w_down": [L, F, D]}}
+                "w_gate", "w_up", "w_down": [L, F, D]}}
 
 L layers, D hidden width, H query heads, G key/value heads, K head width, F feed-forward width, V vocabulary with its padding.
-Matrices are [in, out]. Layers are stacked on a leading axis, so that one compiled layer can be scanned over them.
+Matrices are [in, out], but for gate and up: with F along the rows of all three, what a chip works on while a part of their
+gradient travels is small enough to be read again for every part. Layers are stacked on a leading axis, so that one compiled
+layer can be scanned over them.
 """
 
 from __future__ import annotations
@@ -64,8 +66,8 @@ def _table(config: LlamaConfig) -> Params:
     layers, hidden, intermediate, vocab = config.num_layers, config.hidden_dim, config.intermediate_dim, config.padded_vocab_size
     queries, keys = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
 
-    def linear(fan_in: int, fan_out: int, *axes: str) -> _Parameter:
-        return _Parameter((layers, fan_in, fan_out), ("layers", *axes), 1.0 / math.sqrt(fan_in))
+    def linear(rows: int, columns: int, *axes: str, fan_in: int) -> _Parameter:
+        return _Parameter((layers, rows, columns), ("layers", *axes), 1.0 / math.sqrt(fan_in))
 
     norm = _Parameter((layers, hidden), ("layers", "norm"), None)
     table: Params = {
@@ -74,13 +76,13 @@ def _table(config: LlamaConfig) -> Params:
         "layers": {
             "attn_norm": norm,
             "mlp_norm": norm,
-            "wq": linear(hidden, queries, "embed", "heads"),
-            "wk": linear(hidden, keys, "embed", "kv"),
-            "wv": linear(hidden, keys, "embed", "kv"),
-            "wo": linear(queries, hidden, "heads_fsdp", "norm"),
-            "w_gate": linear(hidden, intermediate, "embed", "mlp"),
-            "w_up": linear(hidden, intermediate, "embed", "mlp"),
-            "w_down": linear(intermediate, hidden, "mlp_fsdp", "norm"),
+            "wq": linear(hidden, queries, "embed", "heads", fan_in=hidden),
+            "wk": linear(hidden, keys, "embed", "kv", fan_in=hidden),
+            "wv": linear(hidden, keys, "embed", "kv", fan_in=hidden),
+            "wo": linear(queries, hidden, "heads_fsdp", "norm", fan_in=queries),
+            "w_gate": linear(intermediate, hidden, "mlp_fsdp", "norm", fan_in=hidden),
+            "w_up": linear(intermediate, hidden, "mlp_fsdp", "norm", fan_in=hidden),
+            "w_down": linear(intermediate, hidden, "mlp_fsdp", "norm", fan_in=intermediate),
         },
     }
     if not config.tie_word_embeddings:

@@ -1,0 +1,291 @@
+"""What a compiled step costs, read from its optimised HLO: collectives, matrix products, HBM traffic, custom calls, arrays.
+
+    cost = analyse(compiled.as_text())
+    cost.ici_bytes, cost.all_gather_async_share, cost.shapes_with(2048, 128256)
+
+Why not `compiled.cost_analysis()`: it counts the body of a loop once, knows no kernel's FLOPs and no collective. All figures
+are per chip and step. Collectives inside one slice travel over ICI; between slices XLA makes them host transfers over DCN.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from model.preflight.hlo_groups import replica_group
+from model.preflight.hlo_loops import Loop, trip_count
+from model.preflight.hlo_matmuls import matmul_flops
+from model.preflight.hlo_memory import chain_link, custom_call_target, hbm_bytes, is_collective
+from model.preflight.hlo_text import Array, Computation, HloError, Instruction, Module, parse_module
+
+__all__ = ["Array", "Collective", "HloCost", "HloError", "NamedArray", "analyse"]
+
+Network = Literal["ici", "dcn"]
+_MEGASCALE = {
+    "ALL_REDUCE": "all-reduce",
+    "ALL_GATHER": "all-gather",
+    "REDUCE_SCATTER": "reduce-scatter",
+    "ALL_TO_ALL": "all-to-all",
+    "ONE_TO_ONE": "collective-permute",
+}
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One communicating instruction."""
+
+    kind: str  # all-gather, all-reduce, reduce-scatter, all-to-all, collective-permute, ...
+    is_async: bool  # started and awaited apart, with work between
+    times: int  # executions in one step
+    bytes: float  # of one execution: the array as it is before a scatter or after a gather
+    wire_bytes: float  # of one execution: what one chip sends, by the ring algorithm
+    group: tuple[int, ...]  # partitions (over DCN: slices) of the first group; of a permute, the first ring
+    dtype: str
+    network: Network
+    torus_dimensions: int | None  # of the torus that the compiler says it uses
+    colors: int | None  # directions that the compiler says it sends in at once
+    name: str
+    computation: str
+
+    @property
+    def total_wire_bytes(self) -> float:
+        """Bytes one chip sends in a step."""
+        return self.times * self.wire_bytes
+
+
+@dataclass(frozen=True)
+class NamedArray:
+    """An array that some instruction of the program makes, inside a fusion or not."""
+
+    array: Array
+    instruction: str
+    computation: str
+
+
+@dataclass(frozen=True)
+class HloCost:
+    """Costs of one step on one chip."""
+
+    collectives: tuple[Collective, ...]
+    dot_flops: float  # of matrix products in HLO; those inside kernels (custom calls) are not seen
+    hbm_bytes: float
+    custom_calls: Mapping[str, int]  # executions by target
+    arrays: tuple[NamedArray, ...]
+    num_partitions: int
+
+    def wire_bytes(self, kind: str | None = None, *, is_async: bool | None = None, network: Network = "ici") -> float:
+        """Bytes one chip sends in a step, over all collectives or those asked for."""
+        return sum(
+            collective.total_wire_bytes
+            for collective in self.collectives
+            if collective.network == network and kind in (None, collective.kind) and is_async in (None, collective.is_async)
+        )
+
+    @property
+    def ici_bytes(self) -> float:
+        """Bytes one chip sends to others of its slice."""
+        return self.wire_bytes()
+
+    @property
+    def dcn_bytes(self) -> float:
+        """Bytes one chip sends to other slices."""
+        return self.wire_bytes(network="dcn")
+
+    @property
+    def all_gather_async_share(self) -> float:
+        """Share of the all-gathers' bytes that can hide behind computation; 1 where nothing is gathered."""
+        total = self.wire_bytes("all-gather")
+        return self.wire_bytes("all-gather", is_async=True) / total if total else 1.0
+
+    @property
+    def async_share(self) -> float:
+        """Share of all ICI bytes that can hide behind computation; 1 where nothing is sent."""
+        return self.wire_bytes(is_async=True) / self.ici_bytes if self.ici_bytes else 1.0
+
+    def largest_arrays(self, count: int = 10) -> tuple[NamedArray, ...]:
+        """The largest arrays, one of each type and shape, largest first."""
+        distinct = {str(named.array): named for named in reversed(self.arrays)}
+        return tuple(sorted(distinct.values(), key=lambda named: -named.array.bytes)[:count])
+
+    def shapes_with(self, *last_dims: int) -> tuple[NamedArray, ...]:
+        """Arrays whose last dimensions are `last_dims`, with at least one before them: [*, seq, vocab] are logits."""
+        rank = len(last_dims)
+        return tuple(named for named in self.arrays if len(named.array.dims) > rank and named.array.dims[-rank:] == last_dims)
+
+
+def analyse(text: str, *, chips_per_slice: int | None = None) -> HloCost:
+    """Reads `compiled.as_text()` of a program for TPU.
+
+    chips_per_slice: where one program spans slices, partitions are numbered slice by slice; a group that holds chips of
+        two slices then communicates over DCN. libtpu compiles one program per slice, whose transfers say it themselves.
+
+    Raises:
+        HloError: text that is not understood; the message names the line.
+    """
+    module = parse_module(text)
+    walk = _Walk(module, chips_per_slice)
+    walk.computation(module.entry, 1, None)
+    walk.check_chains()
+    arrays = tuple(
+        NamedArray(array, instruction.name, computation.name)
+        for computation in module.computations.values()
+        for instruction in computation
+        for array in instruction.arrays
+        if array.dims
+    )
+    return HloCost(tuple(walk.collectives), walk.dot_flops, walk.hbm_bytes, dict(walk.custom_calls), arrays, module.num_partitions)
+
+
+class _Walk:
+    """Visits every instruction as often as it runs and adds up."""
+
+    def __init__(self, module: Module, chips_per_slice: int | None) -> None:
+        self._module = module
+        self._chips_per_slice = chips_per_slice
+        self._started: set[str] = set()
+        self._continued: dict[str, Instruction] = {}
+        self.collectives: list[Collective] = []
+        self.dot_flops = 0.0
+        self.hbm_bytes = 0.0
+        self.custom_calls: Counter[str] = Counter()
+
+    def computation(self, computation: Computation, times: int, loop: Loop | None) -> None:
+        """Adds a computation that runs instruction by instruction: the entry, a loop's body, a branch."""
+        for instruction in computation:
+            self.hbm_bytes += times * hbm_bytes(self._module, computation, instruction)
+            if instruction.opcode == "while":
+                inner = Loop(instruction, computation, loop)
+                self.computation(self._module.called(instruction, "body"), times * trip_count(self._module, inner), inner)
+            elif instruction.opcode == "conditional":
+                for branch in self._branches(instruction):  # which one runs is not known: both count
+                    self.computation(branch, times, loop)
+            elif instruction.opcode == "call":
+                self.computation(self._module.called(instruction, "to_apply"), times, loop)
+            elif instruction.opcode == "async-start":
+                started = self._module.called(instruction, "calls")
+                self.hbm_bytes += times * sum(hbm_bytes(self._module, started, inside) for inside in started)
+                self._inside(started, times, is_async=True)
+            elif instruction.opcode == "fusion":
+                self._fusion(instruction, times, is_async=False)
+            else:
+                self._instruction(computation, instruction, times, is_async=False)
+
+    def _branches(self, instruction: Instruction) -> list[Computation]:
+        names = instruction.attribute(r"branch_computations=\{([^}]*)\}")
+        if names is None:
+            return [self._module.called(instruction, "true_computation"), self._module.called(instruction, "false_computation")]
+        return [self._module.computations[name.strip().lstrip("%")] for name in names.split(",")]
+
+    def _fusion(self, fusion: Instruction, times: int, *, is_async: bool) -> None:
+        callee = self._module.called(fusion, "calls")
+        link = chain_link(fusion, callee)
+        self._inside(callee, times, is_async=is_async or link == "start", repeated=link in ("middle", "done"), fusion=fusion)
+
+    def _inside(
+        self, callee: Computation, times: int, *, is_async: bool, repeated: bool = False, fusion: Instruction | None = None
+    ) -> None:
+        """Adds what happens inside a fusion: HBM traffic is the fusion's own."""
+        for instruction in callee:
+            if instruction.opcode == "fusion":
+                self._fusion(instruction, times, is_async=is_async)
+            elif repeated and is_collective(instruction):
+                self._continued.setdefault(_channel(instruction), instruction)
+            else:
+                if is_async and is_collective(instruction):
+                    self._started.add(_channel(instruction))
+                self._instruction(callee, instruction, times, is_async=is_async, fusion=fusion)
+
+    def check_chains(self) -> None:
+        """Every part of an asynchronous collective must belong to one that was started, else bytes would go missing."""
+        for channel, instruction in self._continued.items():
+            if channel not in self._started:
+                raise instruction.error("a part of an asynchronous collective that nothing starts")
+
+    def _instruction(
+        self, computation: Computation, instruction: Instruction, times: int, *, is_async: bool, fusion: Instruction | None = None
+    ) -> None:
+        opcode = instruction.opcode
+        if opcode in ("dot", "convolution"):
+            self.dot_flops += times * matmul_flops(computation, instruction)
+        elif opcode == "custom-call":
+            self.custom_calls[custom_call_target(instruction)] += times
+        elif opcode == "send":
+            self._send(computation, instruction, times)
+        elif is_collective(instruction):
+            self._collective(computation, instruction, times, is_async or opcode.endswith("-start"), fusion)
+
+    def _collective(
+        self, computation: Computation, instruction: Instruction, times: int, is_async: bool, fusion: Instruction | None
+    ) -> None:
+        kind = instruction.opcode.removesuffix("-start")
+        group = replica_group(instruction, self._module.num_partitions)
+        inputs = [array for operand in range(len(instruction.operands)) for array in computation.operand(instruction, operand).arrays]
+        size = sum(array.bytes for array in inputs)
+        if kind == "all-reduce" and fusion is not None and _is_scattered(fusion, size, len(group)):
+            kind = "reduce-scatter"
+        if kind == "all-gather":
+            size *= len(group)
+        crosses = self._chips_per_slice is not None and len({chip // self._chips_per_slice for chip in group}) > 1
+        said_by = [one for one in (instruction, fusion) if one is not None]
+        algorithm = next(filter(None, (one.attribute(r'"collective_algorithm_config":\{(.*)') for one in said_by)), "")
+        emitter, phases, colors = (re.search(pattern, algorithm) for pattern in (r'"emitter":"(\d)D', r"\bphases:(\d+)", r"\{colors:(\d+)"))
+        dimensions = phases or emitter
+        self.collectives.append(
+            Collective(
+                kind=kind,
+                is_async=is_async,
+                times=times,
+                bytes=size,
+                wire_bytes=size * _wire_factor(kind, len(group)),
+                group=group,
+                dtype=inputs[0].dtype if inputs else "token",
+                network="dcn" if crosses else "ici",
+                torus_dimensions=int(dimensions.group(1)) if dimensions else None,
+                colors=int(colors.group(1)) if colors else None,
+                name=instruction.name,
+                computation=computation.name,
+            )
+        )
+
+    def _send(self, computation: Computation, instruction: Instruction, times: int) -> None:
+        """A host transfer; those of the multislice runtime are collectives between slices."""
+        transfer = instruction.attribute(r'_xla_megascale_transfer_type="(\w+)"')
+        if transfer is None:
+            if "is_host_transfer=true" not in instruction.attributes:
+                raise instruction.error("a send that is no host transfer")
+            self.custom_calls["host-transfer"] += times
+            return
+        kind, target = _MEGASCALE.get(transfer), instruction.attribute(r'_xla_megascale_target="\{([\d,:]+)\}x')
+        if kind is None or target is None:
+            raise instruction.error(f"a transfer between slices of unknown kind {transfer!r}")
+        slices = tuple(number for part in target.split(",") for number in _span(part))
+        array = computation.operand(instruction, 0).arrays[0]
+        size = array.bytes * (len(slices) if kind == "all-gather" else 1)
+        wire = size * _wire_factor(kind, len(slices))
+        self.collectives.append(
+            Collective(kind, True, times, size, wire, slices, array.dtype, "dcn", None, None, instruction.name, computation.name)
+        )
+
+
+def _channel(instruction: Instruction) -> str:
+    return f"{instruction.opcode} {instruction.attribute(r'channel_id=([0-9]+)')}"
+
+
+def _span(text: str) -> range:
+    first, _, last = text.partition(":")
+    return range(int(first), int(last or first) + 1)
+
+
+def _wire_factor(kind: str, size: int) -> float:
+    """What one chip of a group sends, as a share of the whole array."""
+    if kind in ("collective-permute", "collective-broadcast"):
+        return 1.0
+    return (size - 1) / size * (2 if kind == "all-reduce" else 1)
+
+
+def _is_scattered(fusion: Instruction, size: float, group: int) -> bool:
+    """Whether a fused all-reduce keeps a chip's own part only: libtpu's reduce-scatter."""
+    return group > 1 and abs(sum(array.bytes for array in fusion.arrays if array.memory_space != 2) * group - size) < 1
