@@ -48,6 +48,6 @@ def apply_rope(x_BHSK: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Ar
     The pairs are (i, i + K/2), Hugging Face's "rotate half" layout, so exported weights need no permutation.
     """
     cos, sin = tables
-    x = x_BHSK.astype(jnp.float32)
-    first, second = jnp.split(x, 2, axis=-1)
-    return (x * cos + jnp.concatenate([-second, first], axis=-1) * sin).astype(x_BHSK.dtype)
+    first, second = jnp.split(x_BHSK, 2, axis=-1)
+    turned = jnp.concatenate([-second, first], axis=-1)  # exact in any dtype, and half the memory of float32 in bfloat16
+    return (x_BHSK.astype(jnp.float32) * cos + turned.astype(jnp.float32) * sin).astype(x_BHSK.dtype)
