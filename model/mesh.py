@@ -27,13 +27,17 @@ from jax.sharding import AxisType, Mesh
 MESH_AXES = ("data", "fsdp", "fsdp_ring", "context", "tensor")
 
 
-def make_mesh(*, data: int = 1, context: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(
+    *, data: int = 1, fsdp_ring: int | None = None, context: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
     """A mesh of `devices` (JAX devices; default: all of them) with `MESH_AXES`; the fsdp axes take what the others leave.
 
     With several TPU slices the outer part of `data` is the slices, so that nothing but gradients crosses between them.
+    `fsdp_ring` is taken from the shape of the torus unless it is given.
 
     Raises:
-        ValueError: data * context * tensor does not divide the devices, or `data` is not a multiple of the slices.
+        ValueError: data * context * tensor does not divide the devices, `data` is not a multiple of the slices, or
+            `fsdp_ring` does not divide what is left.
     """
     devices = jax.devices() if devices is None else list(devices)
     fixed = data * context * tensor
@@ -48,7 +52,9 @@ def make_mesh(*, data: int = 1, context: int = 1, tensor: int = 1, devices: Sequ
             f"train.data_parallel_size={data} is not a multiple of the {slices} slices, over which weights are replicated: use {slices}"
         )
     fsdp = len(devices) // fixed
-    ring = _ring_size(devices[: len(devices) // slices], fsdp, alone=fixed == slices)
+    ring = _ring_size(devices[: len(devices) // slices], fsdp, alone=fixed == slices) if fsdp_ring is None else fsdp_ring
+    if fsdp % ring:
+        raise ValueError(f"fsdp_ring={ring} does not divide the {fsdp} devices that weights are split over")
     shape = (data, fsdp // ring, ring, context, tensor)
     return Mesh(_arranged(devices, shape, slices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 

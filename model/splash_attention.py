@@ -37,6 +37,7 @@ def splash_attention(
     mesh: Mesh | None = None,
     *,
     block_size: int | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
     """Causal attention within segments, [B, H, S, K] in the queries' dtype.
 
@@ -47,6 +48,7 @@ def splash_attention(
         segment_ids_BS: int32, or None for one segment a row.
         mesh: batch, heads and sequence are split over it by the logical rules.
         block_size: tokens in a block; None takes the table's.
+        interpret: compute the kernel with ordinary operations, on any device.
 
     Raises:
         ValueError: the tokens of a chip are not a multiple of 128.
@@ -55,7 +57,7 @@ def splash_attention(
     q_BHSK = (q_BHSK.astype(jnp.float32) / math.sqrt(q_BHSK.shape[-1])).astype(q_BHSK.dtype)
     if segment_ids_BS is None:
         segment_ids_BS = jnp.zeros((q_BHSK.shape[0], q_BHSK.shape[2]), jnp.int32)
-    kernel = _kernel(q_BHSK.shape[1], q_BHSK.shape[2], q_BHSK.shape[3], shards, block_size)
+    kernel = _kernel(q_BHSK.shape[1], q_BHSK.shape[2], q_BHSK.shape[3], shards, block_size, interpret)
     if mesh is None:
         return _local(kernel, q_BHSK, k_BGSK, v_BGSK, segment_ids_BS, segment_ids_BS, shards=1)
 
@@ -89,7 +91,9 @@ def _local(
     return jax.vmap(kernel)(q_BHSK, k_BGTK, v_BGTK, segments)
 
 
-def _kernel(num_heads: int, seq_len: int, head_size: int, shards: int, block_size: int | None) -> splash.SplashAttentionKernel:
+def _kernel(
+    num_heads: int, seq_len: int, head_size: int, shards: int, block_size: int | None, interpret: bool
+) -> splash.SplashAttentionKernel:
     local = seq_len // shards
     wanted = block_size or SPLASH_BLOCKS.get(head_size, 256)
     block = next((size for size in (wanted, 512, 256, SPLASH_MIN_BLOCK) if size <= local and local % size == 0), None)
@@ -116,4 +120,5 @@ def _kernel(num_heads: int, seq_len: int, head_size: int, shards: int, block_siz
         head_shards=1,
         q_seq_shards=shards,
         residual_checkpoint_name=ATTENTION_RESIDUAL,
+        interpret=interpret,
     )

@@ -46,7 +46,9 @@ class Trainer:
         self.mixture = MixtureStore.open(job.mixture)
         self.mixture.tokenizer.check()
         self.config = job.model.with_vocab(self.mixture.tokenizer.vocab_size)
-        self.mesh = partitioning.make_mesh(data=job.train.data_parallel_size, tensor=job.train.tensor_parallel_size)
+        self.mesh = partitioning.make_mesh(
+            data=job.train.data_parallel_size, context=job.train.context_parallel_size, tensor=job.train.tensor_parallel_size
+        )
         self.seq_len = job.train.train_seq_len or job.model.seq_len
         self.last_step = job.train.num_train_steps
         self.stop_requested = False

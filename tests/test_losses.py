@@ -187,7 +187,7 @@ def test_bad_arguments_are_named() -> None:
         next_token_loss(x, head, targets[:, :2], weights, z_loss_weight=0.0, chunk_size=4)
     with pytest.raises(ValueError, match="cross_entropy_block_size=0"):
         next_token_loss(x, head, targets, weights, z_loss_weight=0.0, chunk_size=0)
-    with pytest.raises(ValueError, match="batch of 4 sequences"):
+    with pytest.raises(ValueError, match="batch of 4 is not a multiple of the 8 devices"):
         next_token_loss(x, head, targets, weights, z_loss_weight=0.0, chunk_size=4, mesh=make_mesh())
     with pytest.raises(ValueError, match=r"model.vocab_size=12"):
         next_token_loss(x, head, targets, weights, z_loss_weight=0.0, chunk_size=4, mesh=make_mesh(tensor=8))

@@ -9,9 +9,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from model.config import LlamaConfig
+from model.context_parallel import context_size, spread_order
 from model.llama import hidden_states, init_params, output_head
 from model.losses import next_token_loss
-from model.partitioning import MESH_AXES, batch_sharding, constrain, make_mesh, param_shardings, spec
+from model.partitioning import MESH_AXES, batch_sharding, constrain, gathered_over_fsdp, make_mesh, param_shardings, spec
 
 CONFIG = LlamaConfig(
     seq_len=24, hidden_dim=32, intermediate_dim=48, num_layers=3, num_heads=4, num_kv_heads=2, vocab_size=64, cross_entropy_block_size=10
@@ -31,6 +32,7 @@ def batch(rows: int = 8) -> dict[str, jax.Array]:
 
 
 def mean_loss(params: dict, batch: dict[str, jax.Array], config: LlamaConfig, mesh: jax.sharding.Mesh | None) -> jax.Array:
+    batch = {name: spread_order(x, context_size(mesh), axis=1) for name, x in batch.items()}
     x = hidden_states(params, batch["tokens"], config, segment_ids=batch["segment_ids"], positions=batch["positions"], mesh=mesh)
     sums = next_token_loss(
         x,
@@ -60,7 +62,16 @@ def on_one_device(tied: bool) -> tuple[LlamaConfig, dict, jax.Array, dict]:
     return config, params, *jax.jit(loss_and_gradients, static_argnums=(2, 3))(params, batch(), config, None)
 
 
-@pytest.mark.parametrize(("sizes", "tied"), [({}, False), ({"tensor": 2}, False), ({"data": 2, "tensor": 2}, False), ({"tensor": 2}, True)])
+@pytest.mark.parametrize(
+    ("sizes", "tied"),
+    [
+        ({}, False),
+        ({"fsdp_ring": 2}, False),
+        ({"data": 2, "tensor": 2}, False),
+        ({"context": 2, "tensor": 2}, False),
+        ({"fsdp_ring": 2, "tensor": 2}, True),
+    ],
+)
 def test_sharded_loss_and_gradients_equal_one_device(sizes: dict[str, int], tied: bool) -> None:
     config, params, loss, gradients = on_one_device(tied)
     mesh = make_mesh(**sizes)
@@ -80,9 +91,12 @@ def test_initial_weights_do_not_depend_on_the_mesh() -> None:
 
 
 def test_fsdp_takes_the_devices_that_are_left() -> None:
-    assert MESH_AXES == ("data", "fsdp", "tensor")
-    assert dict(make_mesh().shape) == {"data": 1, "fsdp": 8, "tensor": 1}
-    assert dict(make_mesh(data=2, tensor=2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert MESH_AXES == ("data", "fsdp", "fsdp_ring", "context", "tensor")
+    assert dict(make_mesh().shape) == dict(zip(MESH_AXES, (1, 8, 1, 1, 1), strict=True))
+    assert dict(make_mesh(data=2, tensor=2).shape) == dict(zip(MESH_AXES, (2, 2, 1, 1, 2), strict=True))
+    assert dict(make_mesh(context=2, fsdp_ring=2).shape) == dict(zip(MESH_AXES, (1, 2, 2, 2, 1), strict=True))
+    with pytest.raises(ValueError, match="fsdp_ring=3 does not divide the 8 devices"):
+        make_mesh(fsdp_ring=3)
     assert make_mesh(tensor=2, devices=jax.devices()[:2]).devices.size == 2
 
 
@@ -98,6 +112,10 @@ def test_specs_follow_the_rules() -> None:
     assert spec(("layers", "embed", "mlp"), mesh) == P(None, "fsdp", "tensor")
     assert spec(("batch", "vocab"), make_mesh()) == P("fsdp", None)
     assert spec(("embed", "vocab"), mesh, (33, 64)) == P(None, "tensor")
+    assert spec(("mlp_fsdp", None), mesh, (64, 3)) == P(("tensor", "fsdp"), None)
+    assert spec(("mlp_fsdp", None), mesh, (6, 3)) == P("tensor", None), "the axes before the one that does not divide are kept"
+    assert gathered_over_fsdp(P(("tensor", "fsdp", "fsdp_ring"), None)) == P("tensor", None)
+    assert gathered_over_fsdp(P(("fsdp", "fsdp_ring"), "tensor"), keep=("fsdp",)) == P("fsdp", "tensor")
     with pytest.raises(ValueError, match="logical axis 'expert' has no rule"):
         spec(("expert",), mesh)
 

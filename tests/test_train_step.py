@@ -121,8 +121,8 @@ def test_moments_are_sharded_like_their_weights() -> None:
     mesh = partitioning.make_mesh()
     config, train = model_config(), train_config()
     placed = state_shardings(config, train, mesh)
-    shards = [leaf.sharding.spec for leaf in jax.tree.leaves(abstract_state(config, train, mesh)) if leaf.shape == (2, 32, 64)]
-    assert len(shards) == 6  # w_gate and w_up, and both moments of each
+    shards = [leaf.sharding.spec for leaf in jax.tree.leaves(abstract_state(config, train, mesh)) if leaf.shape == (2, 64, 32)]
+    assert len(shards) == 9  # the three feed-forward weights, and both moments of each
     assert all("fsdp" in spec for spec in shards)
     assert placed.step.spec == jax.sharding.PartitionSpec()
 

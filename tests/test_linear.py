@@ -1,0 +1,56 @@
+"""Products with split weights: values and gradients are those of einsum, and sums cross devices in the dtype asked for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from model.linear import FLOAT32, Precision, linear
+from model.partitioning import make_mesh, spec
+
+CASES = [
+    ("bsd,dhk->bhsk", (8, 6, 32), (32, 16), ("embed", "heads"), (32, 4, 4)),
+    ("bhsk,hkd->bsd", (8, 4, 6, 4), (16, 32), ("heads_fsdp", None), (4, 4, 32)),
+    ("bsd,fd->bsf", (8, 6, 32), (64, 32), ("mlp_fsdp", None), (64, 32)),
+]
+
+
+@pytest.mark.parametrize(("equation", "x_shape", "weight_shape", "axes", "shape"), CASES)
+@pytest.mark.parametrize("sizes", [None, {"fsdp_ring": 2}, {"fsdp_ring": 2, "tensor": 2}])
+def test_value_and_gradients_are_those_of_einsum(
+    equation: str, x_shape: tuple, weight_shape: tuple, axes: tuple, shape: tuple, sizes: dict[str, int] | None
+) -> None:
+    mesh = None if sizes is None else make_mesh(**sizes)
+    x, weight = jax.random.normal(jax.random.key(0), x_shape), jax.random.normal(jax.random.key(1), weight_shape)
+    seed = jax.random.normal(jax.random.key(2), jax.eval_shape(lambda: jnp.einsum(equation, x, weight.reshape(shape))).shape)
+    placed = weight if mesh is None else jax.device_put(weight, NamedSharding(mesh, spec(axes, mesh, weight_shape)))
+
+    def ours(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return (linear(equation, x, weight, axes, shape, FLOAT32, mesh) * seed).sum()
+
+    def reference(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return (jnp.einsum(equation, x, weight.reshape(shape)) * seed).sum()
+
+    value, gradients = jax.jit(jax.value_and_grad(ours, argnums=(0, 1)))(x, placed)
+    expected_value, expected_gradients = jax.jit(jax.value_and_grad(reference, argnums=(0, 1)))(x, weight)
+    np.testing.assert_allclose(value, expected_value, rtol=1e-5)
+    for mine, theirs in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5 * float(jnp.abs(theirs).max()))
+    if mesh is not None:
+        assert gradients[1].sharding.is_equivalent_to(placed.sharding, 2), "the gradient is not where its weight is"
+
+
+@pytest.mark.parametrize("gradient", [jnp.bfloat16, jnp.float32])
+def test_sums_cross_devices_in_the_dtype_asked_for(gradient: jnp.dtype) -> None:
+    mesh = make_mesh()
+    x, weight = jnp.ones((8, 16, 32), jnp.bfloat16), jnp.ones((32, 64), jnp.float32)
+
+    def loss(weight: jax.Array) -> jax.Array:
+        y = linear("bsd,df->bsf", x, weight, ("embed", "mlp"), (32, 64), Precision(jnp.bfloat16, gradient), mesh)
+        return y.astype(jnp.float32).sum()
+
+    placed = NamedSharding(mesh, spec(("embed", "mlp"), mesh))
+    lowered = jax.jit(jax.grad(loss), in_shardings=placed, out_shardings=placed).lower(weight)
+    product = next(line for line in lowered.as_text().splitlines() if "stablehlo.dot_general" in line and "tensor<8x16x32xbf16>" in line)
+    assert product.rstrip().split("->")[-1].strip().startswith(f"tensor<32x64x{'bf16' if gradient == jnp.bfloat16 else 'f32'}>")

@@ -1,0 +1,85 @@
+"""The TPU kernel, as training calls it, interpreted on CPU against plain attention."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model.attention import choose_backend, plain_attention
+from model.config import LlamaConfig
+from model.context_parallel import restore_order, spread_order
+from model.partitioning import make_mesh
+from model.splash_attention import splash_attention
+
+BATCH, SEQ_LEN, HEAD_SIZE = 2, 256, 128
+
+
+def inputs(num_heads: int = 4, num_kv_heads: int = 2) -> tuple[jax.Array, jax.Array, jax.Array]:
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = [(BATCH, heads, SEQ_LEN, HEAD_SIZE) for heads in (num_heads, num_kv_heads, num_kv_heads)]
+    q, k, v = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+    return q, k, v
+
+
+def segments() -> jax.Array:
+    """Cuts inside a block, at its border and one token before the end."""
+    rows = np.zeros((BATCH, SEQ_LEN), np.int32)
+    for row, cuts in enumerate(([37, 128, 200], [1, 129, 255])):
+        for cut in cuts:
+            rows[row, cut:] += 1
+    return jnp.asarray(rows)
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "with_segments"), [(4, 2, True), (2, 2, False), (4, 1, True)])
+def test_equals_plain_forward_and_backward(num_heads: int, num_kv_heads: int, with_segments: bool) -> None:
+    arrays = inputs(num_heads, num_kv_heads)
+    ids = segments() if with_segments else None
+    weights = jax.random.normal(jax.random.key(1), arrays[0].shape)
+
+    def output_and_gradients(form: object) -> tuple:
+        def total(*qkv: jax.Array) -> tuple[jax.Array, jax.Array]:
+            output = form(*qkv, ids)
+            return (output * weights).sum(), output
+
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))(*arrays)
+
+    (_, splash), splash_gradients = output_and_gradients(functools.partial(splash_attention, interpret=True))
+    (_, plain), plain_gradients = output_and_gradients(plain_attention)
+    np.testing.assert_allclose(splash, plain, atol=1e-5)
+    for ours, reference in zip(splash_gradients, plain_gradients, strict=True):
+        np.testing.assert_allclose(ours, reference, atol=1e-4 * float(jnp.abs(reference).max()))
+
+
+def test_split_over_batch_heads_and_sequence_it_is_the_same() -> None:
+    mesh = make_mesh(context=2, tensor=2, devices=jax.devices()[:8])
+    arrays, ids = inputs(), segments()
+    spread = [spread_order(x, 2, axis=2) for x in arrays]
+
+    attend = functools.partial(splash_attention, mesh=mesh, interpret=True)
+    output = jax.jit(attend)(*spread, spread_order(ids, 2, axis=1))
+    np.testing.assert_allclose(restore_order(output, 2, axis=2), plain_attention(*arrays, ids), atol=1e-5)
+
+
+def test_length_that_blocks_do_not_divide_is_named() -> None:
+    q, k, v = (x[:, :, :200] for x in inputs())
+    with pytest.raises(ValueError, match=r"200 tokens a chip .* multiple of 128"):
+        splash_attention(q, k, v, None)
+    with pytest.raises(ValueError, match=r"model.attn_backend='splash' takes sequences in multiples of 128 tokens, not 200"):
+        choose_backend(LlamaConfig(attn_backend="splash"), 200, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "seq_len", "platform", "chosen"),
+    [
+        ({}, 2048, "tpu", "splash"),
+        ({}, 2048, "cpu", "flash"),
+        ({}, 512, "cpu", "plain"),
+        ({}, 200, "tpu", "plain"),
+        ({"attn_backend": "flash"}, 512, "tpu", "flash"),
+        ({"use_flash_attention": False}, 2048, "tpu", "plain"),
+    ],
+)
+def test_choice_by_device_and_length(changes: dict[str, object], seq_len: int, platform: str, chosen: str) -> None:
+    assert choose_backend(LlamaConfig().model_copy(update=changes), seq_len, platform) == chosen
