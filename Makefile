@@ -69,9 +69,10 @@ $(READY): $(LOCK) pyproject.toml | $(UV)
 
 COMPILE = UV_CUSTOM_COMPILE_COMMAND="make lock" $(UV) pip compile -q --universal --fork-strategy fewest \
   --generate-hashes --no-emit-index-url --no-annotate --python-version 3.11 $(if $(UPGRADE),--upgrade)
+# libtpu is among them: it is the compiler that `python -m model.preflight` asks, on machines without a TPU too.
+EXTRAS  = hf eval track fast dask quantized tpu
 lock: | $(UV)
-	@$(COMPILE) pyproject.toml --group dev --extra hf --extra eval --extra track --extra fast --extra dask -o requirements.lock
-	@$(COMPILE) pyproject.toml --group dev --extra hf --extra eval --extra track --extra fast --extra dask --extra tpu -c requirements.lock -o requirements-tpu.lock
+	@$(COMPILE) pyproject.toml --group dev $(EXTRAS:%=--extra %) -o requirements.lock
 	@$(COMPILE) bootstrap.in -o bootstrap.lock
-	@! grep -nE '://|^-' requirements.lock requirements-tpu.lock bootstrap.lock
+	@! grep -nE '://|^-' requirements.lock bootstrap.lock
 	@echo "lock: $$(grep -c == requirements.lock) packages, no URL"

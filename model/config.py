@@ -15,6 +15,7 @@ from model.config_base import Config, runtime
 
 RematPolicy = Literal["none", "save_all", "save_qkv_attn", "save_attn", "full"]
 AttentionBackend = Literal["splash", "flash", "plain"]
+QuantizedDtype = Literal["int8", "fp8"]
 
 
 class RopeConfig(Config):

@@ -16,7 +16,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
+from model.config import QuantizedDtype
 from model.partitioning import gathered_over_fsdp, spec
+
+_QUANTIZED_DTYPES: dict[QuantizedDtype, DTypeLike] = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,13 @@ class Precision:
         compute: dtype of both operands; sums inside one chip are float32 on every platform.
         gradient: dtype in which the parts of a weight's gradient cross from chip to chip. bfloat16 halves the traffic and
             rounds each part once per hop; float32 does not.
+        quantized: the type that both operands are rounded to for the product and for the gradient in the activations; the
+            gradient in the weights, which the optimizer sums up for the whole run, is never quantized. None: not at all.
     """
 
     compute: DTypeLike = jnp.float32
     gradient: DTypeLike = jnp.float32
+    quantized: QuantizedDtype | None = None
 
 
 FLOAT32 = Precision()
@@ -84,7 +90,7 @@ class _Product:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear(product: _Product, x: jax.Array, weight: jax.Array) -> jax.Array:
-    return jnp.einsum(product.equation, x, product.gathered(weight))
+    return _product(product.equation, x, product.gathered(weight), product.precision)
 
 
 def _forward(product: _Product, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -94,12 +100,28 @@ def _forward(product: _Product, x: jax.Array, weight: jax.Array) -> tuple[jax.Ar
 def _backward(product: _Product, saved: tuple[jax.Array, jax.Array], d_y: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, weight = saved
     x_equation, weight_equation = product.backward_equations()
-    d_x = jnp.einsum(x_equation, d_y, product.gathered(weight))
+    d_x = _product(x_equation, d_y, product.gathered(weight), product.precision)
     d_weight = jnp.einsum(weight_equation, x, d_y, preferred_element_type=product.precision.gradient)
     return d_x, scattered(d_weight.reshape(weight.shape), product.axes, product.mesh).astype(weight.dtype)
 
 
 _linear.defvjp(_forward, _backward)
+
+
+def _product(equation: str, left: jax.Array, right: jax.Array, precision: Precision) -> jax.Array:
+    """The einsum of two operands, each rounded with one scale for every row that is summed over where that is asked for."""
+    if precision.quantized is None:
+        return jnp.einsum(equation, left, right)
+    import qwix  # an optional dependency
+
+    operands, result = equation.split("->")
+    quantized = [
+        qwix.quantize(
+            operand, _QUANTIZED_DTYPES[precision.quantized], channelwise_axes=[axis for axis, name in enumerate(names) if name in result]
+        )
+        for operand, names in zip((left, right), operands.split(","), strict=True)
+    ]
+    return qwix.einsum(equation, *quantized).astype(precision.compute)
 
 
 def scattered(d_weight: jax.Array, axes: Sequence[str | None], mesh: Mesh | None) -> jax.Array:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from model.config import QuantizedDtype
 from model.config_base import Config, runtime
 
 
@@ -29,6 +30,9 @@ class SimpleTrainConfig(Config):
     lr_schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="Shape after warmup.")
     z_loss_weight: float = Field(default=0.0, ge=0, description="Weight of logsumexp(logits)^2 (PaLM): keeps logits small.")
     compute_dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="Arithmetic of the layers; weights stay float32.")
+    quantized_matmul: QuantizedDtype | None = Field(
+        default=None, description="Round both operands of the layers' products, weight gradients apart; needs `prefect-llama[quantized]`."
+    )
     gradient_sum_dtype: Literal["bfloat16", "float32"] | None = Field(
         default=None, description="In which the devices' gradients are summed; unset means compute_dtype. Over microbatches: float32."
     )

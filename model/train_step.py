@@ -68,7 +68,9 @@ def abstract_state(config: LlamaConfig, train: SimpleTrainConfig, mesh: Mesh) ->
 
 def loss_sums(params: Any, batch: Batch, config: LlamaConfig, train: SimpleTrainConfig, mesh: Mesh) -> LossSums:
     """Loss of one batch as sums over its tokens (float32 scalars), with the tokens' total weight beside them."""
-    precision = Precision(jnp.dtype(train.compute_dtype), jnp.dtype(train.gradient_sum_dtype or train.compute_dtype))
+    precision = Precision(
+        jnp.dtype(train.compute_dtype), jnp.dtype(train.gradient_sum_dtype or train.compute_dtype), train.quantized_matmul
+    )
     batch = {name: spread_order(x, context_size(mesh), axis=1) for name, x in batch.items()}
     hidden_BSD = llama.hidden_states(
         params,

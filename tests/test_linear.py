@@ -54,3 +54,23 @@ def test_sums_cross_devices_in_the_dtype_asked_for(gradient: jnp.dtype) -> None:
     lowered = jax.jit(jax.grad(loss), in_shardings=placed, out_shardings=placed).lower(weight)
     product = next(line for line in lowered.as_text().splitlines() if "stablehlo.dot_general" in line and "tensor<8x16x32xbf16>" in line)
     assert product.rstrip().split("->")[-1].strip().startswith(f"tensor<32x64x{'bf16' if gradient == jnp.bfloat16 else 'f32'}>")
+
+
+@pytest.mark.parametrize("quantized", ["int8", "fp8"])
+def test_quantized_products_are_close_and_their_weight_gradient_is_not_quantized(quantized: str) -> None:
+    x, weight = jax.random.normal(jax.random.key(0), (4, 16, 64)), jax.random.normal(jax.random.key(1), (64, 96))
+    seed = jax.random.normal(jax.random.key(2), (4, 16, 96))
+
+    def total(precision: Precision) -> tuple:
+        def loss(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+            y = linear("bsd,df->bsf", x, weight, ("embed", "mlp"), (64, 96), precision, None)
+            return (y * seed).sum(), y
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(x, weight)
+
+    (_, exact), (exact_d_x, exact_d_weight) = total(FLOAT32)
+    (_, rounded), (d_x, d_weight) = total(Precision(quantized=quantized))
+    for actual, expected in ((rounded, exact), (d_x, exact_d_x)):
+        error = float(jnp.linalg.norm(actual - expected) / jnp.linalg.norm(expected))
+        assert 1e-4 < error < (0.02 if quantized == "int8" else 0.06)
+    np.testing.assert_array_equal(d_weight, exact_d_weight)

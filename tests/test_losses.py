@@ -189,5 +189,38 @@ def test_bad_arguments_are_named() -> None:
         next_token_loss(x, head, targets, weights, z_loss_weight=0.0, chunk_size=0)
     with pytest.raises(ValueError, match="batch of 4 is not a multiple of the 8 devices"):
         next_token_loss(x, head, targets, weights, z_loss_weight=0.0, chunk_size=4, mesh=make_mesh())
-    with pytest.raises(ValueError, match=r"model.vocab_size=12"):
+    with pytest.raises(ValueError, match="the head's 12 columns are not a multiple of the mesh axis tensor=8"):
         next_token_loss(x, head, targets, weights, z_loss_weight=0.0, chunk_size=4, mesh=make_mesh(tensor=8))
+
+
+@pytest.mark.parametrize("mesh", [None, {"tensor": 2}, {"fsdp_ring": 2, "context": 2}])
+def test_padding_of_the_vocabulary_takes_no_part(arrays: dict[str, np.ndarray], mesh: dict | None) -> None:
+    padded = {**arrays, "head": np.concatenate([arrays["head"], np.full((HIDDEN, 24), 50.0)], axis=1)}
+    settings = {"z_loss_weight": 0.05, "chunk_size": 7, "vocab_size": VOCAB, "mesh": None if mesh is None else make_mesh(**mesh)}
+    sums, (d_hidden, d_head) = fused(padded, **settings)
+    expected, expected_d_hidden, expected_d_head = reference(arrays, 0.05)
+    for name, value in expected.items():
+        np.testing.assert_allclose(getattr(sums, name), value, rtol=2e-6)
+    np.testing.assert_allclose(d_hidden, expected_d_hidden, atol=2e-6 * np.abs(expected_d_hidden).max())
+    np.testing.assert_allclose(d_head[:, :VOCAB], expected_d_head, atol=2e-6 * np.abs(expected_d_head).max())
+    assert not np.any(d_head[:, VOCAB:])
+    weighty = {**padded, "targets": np.full_like(arrays["targets"], VOCAB), "weights": np.ones_like(arrays["weights"])}
+    assert jnp.isnan(fused(weighty, **settings)[0].loss), "a target in the padding is outside the vocabulary"
+
+
+@pytest.mark.parametrize("mesh", [None, {"tensor": 2}])
+def test_soft_cap_against_autodiff_of_its_definition(arrays: dict[str, np.ndarray], mesh: dict | None) -> None:
+    cap, targets, weights = 3.0, jnp.asarray(arrays["targets"]), jnp.asarray(arrays["weights"], jnp.float32)
+
+    def definition(hidden: jax.Array, head: jax.Array) -> jax.Array:
+        logits = cap * jnp.tanh(hidden @ head / cap)
+        lse = jax.nn.logsumexp(logits, axis=-1)
+        return (weights * (lse - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0] + 0.05 * lse**2)).sum()
+
+    inputs = jnp.asarray(arrays["hidden"], jnp.float32), jnp.asarray(arrays["head"], jnp.float32)
+    expected, gradients = jax.value_and_grad(definition, argnums=(0, 1))(*inputs)
+    settings = {"z_loss_weight": 0.05, "chunk_size": 7, "logit_soft_cap": cap, "mesh": None if mesh is None else make_mesh(**mesh)}
+    sums, actual = fused(arrays, **settings)
+    np.testing.assert_allclose(sums.loss, expected, rtol=2e-6)
+    for mine, theirs in zip(actual, gradients, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=3e-6 * float(jnp.abs(theirs).max()))
