@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from model.config import QuantizedDtype
-from model.partitioning import gathered_over_fsdp, spec
+from model.partitioning import gathered, spec
 
 _QUANTIZED_DTYPES: dict[QuantizedDtype, DTypeLike] = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 
@@ -73,11 +73,11 @@ class _Product:
     precision: Precision
     mesh: Mesh | None
 
-    def gathered(self, weight: jax.Array) -> jax.Array:
+    def whole(self, weight: jax.Array) -> jax.Array:
         """The weight whole over the fsdp axes, in the compute dtype."""
         weight = weight.astype(self.precision.compute)
         if self.mesh is not None:
-            whole = gathered_over_fsdp(spec(self.axes, self.mesh, weight.shape))
+            whole = gathered(spec(self.axes, self.mesh, weight.shape))
             weight = jax.lax.with_sharding_constraint(weight, NamedSharding(self.mesh, whole))
         return weight.reshape(self.shape)
 
@@ -90,7 +90,7 @@ class _Product:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear(product: _Product, x: jax.Array, weight: jax.Array) -> jax.Array:
-    return _product(product.equation, x, product.gathered(weight), product.precision)
+    return _product(product.equation, x, product.whole(weight), product.precision)
 
 
 def _forward(product: _Product, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -100,7 +100,7 @@ def _forward(product: _Product, x: jax.Array, weight: jax.Array) -> tuple[jax.Ar
 def _backward(product: _Product, saved: tuple[jax.Array, jax.Array], d_y: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, weight = saved
     x_equation, weight_equation = product.backward_equations()
-    d_x = _product(x_equation, d_y, product.gathered(weight), product.precision)
+    d_x = _product(x_equation, d_y, product.whole(weight), product.precision)
     d_weight = jnp.einsum(weight_equation, x, d_y, preferred_element_type=product.precision.gradient)
     return d_x, scattered(d_weight.reshape(weight.shape), product.axes, product.mesh).astype(weight.dtype)
 
@@ -129,7 +129,7 @@ def scattered(d_weight: jax.Array, axes: Sequence[str | None], mesh: Mesh | None
     if mesh is None:
         return d_weight
     final = spec(axes, mesh, d_weight.shape)
-    on_plane = gathered_over_fsdp(final, keep=("fsdp",))
+    on_plane = gathered(final, keep=("fsdp",))
     for partition in dict.fromkeys((on_plane, final)):
         d_weight = jax.lax.with_sharding_constraint(d_weight, NamedSharding(mesh, partition))
     return d_weight

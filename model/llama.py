@@ -110,8 +110,8 @@ def embed_tokens(params: Params, tokens_BS: jax.Array, dtype: DTypeLike, mesh: M
     The lookup is in float32, so that the gradient of a frequent token is summed in float32 too. On a mesh each device
     first looks up its own columns for every token of its replica, which keeps table and gradient split.
     """
-    tokens_BS = constrain(jnp.asarray(tokens_BS), ("replica", "sequence"), mesh)
-    x_BSD = constrain(jnp.asarray(params["embed"])[tokens_BS], ("replica", "sequence", "embed"), mesh)
+    tokens_BS = constrain(jnp.asarray(tokens_BS), ("replica", None), mesh)
+    x_BSD = constrain(jnp.asarray(params["embed"])[tokens_BS], ("replica", None, "embed"), mesh)
     return constrain(x_BSD.astype(dtype), ("batch", "sequence", None), mesh)
 
 

@@ -5,7 +5,7 @@
 | `data`      | batch; weights replicated (slices first)      | gradients, over DCN between slices        |
 | `fsdp`      | batch and weights (ZeRO-3), on a torus plane  | weights gathered, gradients scattered     |
 | `fsdp_ring` | the same, on the torus dimension that is left | the same                                  |
-| `context`   | the sequence                                  | keys and values gathered                  |
+| `context`   | the sequence, and weights as `fsdp` does      | keys and values gathered too              |
 | `tensor`    | heads, feed-forward width, vocabulary         | activations, in every layer               |
 
 `fsdp` and `fsdp_ring` are one way of splitting on two axes, because libtpu makes a true reduce-scatter only of a group

@@ -22,25 +22,28 @@ __all__ = [
     "MESH_AXES",
     "batch_sharding",
     "constrain",
-    "gathered_over_fsdp",
+    "gathered",
     "live_axes",
     "make_mesh",
     "param_shardings",
     "spec",
 ]
 
-# Weights are split over fsdp along their rows, whichever dimension of the model those are: the compiler scatters gradients
+# What weights are split over, to be gathered for use: all axes that tokens are split over, inside a replica.
+WEIGHT_AXES = ("fsdp", "fsdp_ring", "context")
+
+# Weights are split along their rows, whichever dimension of the model those are: the compiler scatters gradients
 # along rows only, of columns it sends everything everywhere.
 LOGICAL_RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "fsdp_ring"),
-    "replica": ("data",),  # batch rows that every device of an fsdp group works on together
+    "replica": ("data",),  # batch rows that all devices which split one copy of the weights work on together
     "sequence": ("context",),
-    "embed": ("fsdp", "fsdp_ring"),
+    "embed": WEIGHT_AXES,
     "heads": ("tensor",),
-    "heads_fsdp": ("tensor", "fsdp", "fsdp_ring"),
+    "heads_fsdp": ("tensor", *WEIGHT_AXES),
     "kv": ("tensor",),
     "mlp": ("tensor",),
-    "mlp_fsdp": ("tensor", "fsdp", "fsdp_ring"),
+    "mlp_fsdp": ("tensor", *WEIGHT_AXES),
     "vocab": ("tensor",),
     "layers": (),
     "norm": (),
@@ -89,9 +92,9 @@ def param_shardings(config: LlamaConfig, mesh: Mesh) -> Params:
     return jax.tree.map(lambda array, names: NamedSharding(mesh, spec(names, mesh, array.shape)), shapes, axes)
 
 
-def gathered_over_fsdp(partition: P, *, keep: Sequence[str] = ()) -> P:
-    """The partition without its fsdp axes, but for those in `keep`."""
-    dropped = {"fsdp", "fsdp_ring"} - set(keep)
+def gathered(partition: P, *, keep: Sequence[str] = ()) -> P:
+    """The partition without the axes that weights are gathered over, but for those in `keep`."""
+    dropped = set(WEIGHT_AXES) - set(keep)
 
     def kept(part: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
         names = tuple(name for name in ((part,) if isinstance(part, str) else part or ()) if name not in dropped)

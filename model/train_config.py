@@ -45,6 +45,7 @@ class SimpleTrainConfig(Config):
     per_device_parallelism: int = runtime(
         -1, ge=-1, description="Sequences per device at once; fewer than the batch needs means gradient accumulation. -1: all at once."
     )
+    compiler_options: dict[str, str] = runtime({}, description="XLA options by name; `python -m model.preflight` finds those that pay.")
     steps_per_eval: int = runtime(1000, ge=1, description="Evaluate on the held-out split every so many steps, and at the end.")
     max_eval_batches: int | None = Field(default=None, ge=1, description="Evaluate at most so many batches a component; unset means all.")
     steps_per_export: int = runtime(10_000, ge=1, description="Keep a checkpoint every so many steps, and the last one.")

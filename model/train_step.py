@@ -131,7 +131,7 @@ def make_train_step(
         return state, metrics
 
     placed = state_shardings(config, train, mesh)
-    return jax.jit(step, donate_argnums=0, out_shardings=(placed, None))
+    return jax.jit(step, donate_argnums=0, out_shardings=(placed, None), compiler_options=train.compiler_options or None)
 
 
 def sum_over_microbatches(

@@ -12,7 +12,7 @@ from model.config import LlamaConfig
 from model.context_parallel import context_size, spread_order
 from model.llama import hidden_states, init_params, output_head
 from model.losses import next_token_loss
-from model.partitioning import MESH_AXES, batch_sharding, constrain, gathered_over_fsdp, make_mesh, param_shardings, spec
+from model.partitioning import MESH_AXES, batch_sharding, constrain, gathered, make_mesh, param_shardings, spec
 
 CONFIG = LlamaConfig(
     seq_len=24, hidden_dim=32, intermediate_dim=48, num_layers=3, num_heads=4, num_kv_heads=2, vocab_size=64, cross_entropy_block_size=10
@@ -114,8 +114,8 @@ def test_specs_follow_the_rules() -> None:
     assert spec(("embed", "vocab"), mesh, (33, 64)) == P(None, "tensor")
     assert spec(("mlp_fsdp", None), mesh, (64, 3)) == P(("tensor", "fsdp"), None)
     assert spec(("mlp_fsdp", None), mesh, (6, 3)) == P("tensor", None), "the axes before the one that does not divide are kept"
-    assert gathered_over_fsdp(P(("tensor", "fsdp", "fsdp_ring"), None)) == P("tensor", None)
-    assert gathered_over_fsdp(P(("fsdp", "fsdp_ring"), "tensor"), keep=("fsdp",)) == P("fsdp", "tensor")
+    assert gathered(P(("tensor", "fsdp", "fsdp_ring"), None)) == P("tensor", None)
+    assert gathered(P(("fsdp", "fsdp_ring"), "tensor"), keep=("fsdp",)) == P("fsdp", "tensor")
     with pytest.raises(ValueError, match="logical axis 'expert' has no rule"):
         spec(("expert",), mesh)
 
