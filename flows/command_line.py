@@ -22,7 +22,8 @@ from model.config_base import nearest
 from tasks.config import RunConfig
 from tasks.datasets import OWN_TEXT, Reading, own_text_mixture
 from tasks.experiment import root_directory
-from tasks.planning import Plan, component_rows, plan_lines, plan_rows, plan_run, refuse_other_accelerators
+from tasks.planning import Plan, component_rows, plan_lines, plan_rows, plan_run
+from tasks.preflight import check_accelerator, preflight, preflight_lines, refuse_what_does_not_fit
 from tasks.presets import Preset, preset
 
 console = Console(highlight=False, soft_wrap=True)
@@ -110,8 +111,9 @@ def _run(arguments: Arguments, preset_name: str | None) -> int:
     plan = plan_run(config, root, only=arguments.only, force=arguments.force)
     _print_plan(plan)
     if arguments.plan:
+        _print_preflight(plan)
         return 0
-    refuse_other_accelerators(config)
+    check_accelerator(config.name, plan.model, config.train, tell=_tell)
 
     from flows.temporary_server import use_temporary_server
     from flows.train import train_llama
@@ -163,6 +165,24 @@ def _print_plan(plan: Plan) -> None:
         console.print(f"  {name:<8} {value}", markup=False)
     _print_table(("dataset", "share", "tokens", "epochs"), component_rows(plan))
     _print_table(("step", "", "why"), plan_rows(plan))
+
+
+def _print_preflight(plan: Plan) -> None:
+    """What the TPU compiler says of the run, where it asks for a slice. Raises ValueError where it cannot run there."""
+    if plan.config.train.accelerator_type is None:
+        return
+    found = preflight(plan.config.name, plan.model, plan.config.train, tell=_tell)
+    if found is None:
+        return
+    for line in preflight_lines(found):
+        name, _, value = line.partition(": ")
+        console.print(f"  {name:<8} {value}", markup=False)
+    refuse_what_does_not_fit(found)
+
+
+def _tell(line: str) -> None:
+    """How far something long is: beside the output, never in it."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def _print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:

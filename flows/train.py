@@ -26,7 +26,7 @@ import flows.prefect_settings  # noqa: F401, I001  (before Prefect reads its set
 
 from typing import Annotated, Any
 
-from prefect import flow
+from prefect import flow, get_run_logger
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
@@ -43,7 +43,8 @@ from tasks.download import download
 from tasks.experiment import default_train, resolve_run, root_directory
 from tasks.export import export_hf
 from tasks.mixture import mix
-from tasks.planning import Plan, plan_run, refuse_other_accelerators
+from tasks.planning import Plan, plan_run
+from tasks.preflight import check_accelerator
 from tasks.presets import Preset
 from tasks.run_report import publish_plan, publish_summary
 from tasks.steps import Step
@@ -127,8 +128,8 @@ def train_llama(
         track=track,
         tags=tags,
     )
-    refuse_other_accelerators(config)
     plan = plan_run(config, root_directory(root), only=only, force=tuple(force or ()))
+    check_accelerator(config.name, plan.model, config.train, tell=get_run_logger().info)
     publish_plan(plan)
     artifacts = run_plan(plan)
     publish_summary(plan, artifacts)

@@ -147,15 +147,6 @@ def _check_space(config: RunConfig, root: Path, checkpoints: int, fetch: int) ->
         )
 
 
-def refuse_other_accelerators(config: RunConfig) -> None:
-    """Raises ValueError where the run asks for a TPU slice: there is no work pool that has one yet."""
-    if config.train.accelerator_type is not None:
-        raise ValueError(
-            f"train.accelerator_type={config.train.accelerator_type!r} can be planned (--plan) but not run: training runs on this "
-            "machine's devices; leave it unset"
-        )
-
-
 def checkpoint_bytes(config: RunConfig, model: LlamaConfig) -> int:
     """Disk that the kept checkpoints, one being written, and the export need."""
     return num_parameters(model) * (BYTES_PER_PARAMETER * (config.train.max_checkpoints + 1) + 4)

@@ -12,10 +12,12 @@ from model.child import STOPPED
 from model.durable import write_durably, write_json
 from model.job import TrainingJob
 from model.metrics import read_json_lines, read_samples
+from model.mixture_store import MixtureStore
 from tasks.artifacts import Artifact
 from tasks.caching import StepOutput, assert_still_owner, run_logger, step_task
 from tasks.children import ChildStopped, run_child
 from tasks.config import TrainingStep, beside_fields
+from tasks.preflight import check_accelerator
 from tasks.steps import Step
 from tasks.training_report import TrainingReport
 
@@ -46,9 +48,13 @@ def train_body(step: Step, directory: Path, inputs: tuple[Artifact, ...]) -> Ste
     Raises:
         ChildFailed: the trainer named an error.
         ChildStopped: it saved and stopped; the message says how to continue.
-        ValueError: the curve was lost together with its copy.
+        ValueError: the curve was lost together with its copy, or `train.accelerator_type` names a slice, where the job does not fit
+            or there is none to be had yet.
     """
     job = training_job(step, directory, inputs[0])
+    if job.train.accelerator_type is not None:
+        model = job.model.with_vocab(vocabulary_of(job.mixture))
+        check_accelerator(job.name, model, job.train, tell=run_logger().info)
     job_file = directory / ".job.json"
     write_json(job_file, job.model_dump(mode="json"))
     report = TrainingReport(job)
@@ -82,6 +88,11 @@ def train_body(step: Step, directory: Path, inputs: tuple[Artifact, ...]) -> Ste
     files = [directory / name for name in ("metrics.jsonl", "samples.jsonl", "loss.png", "loss.html")]
     files += [path for path in last.rglob("*") if path.is_file()]
     return StepOutput(stats=stats, files=[path for path in files if path.exists()])
+
+
+def vocabulary_of(mixture: Path) -> int:
+    """Size of the vocabulary that a mixture's tokens are of."""
+    return MixtureStore.open(mixture).tokenizer.vocab_size
 
 
 def copy_curves(directory: Path, step: int) -> None:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
-from benchmarks import corpus
+from benchmarks import corpus, maxtext_compile
 from benchmarks.adversarial import adversarial_strings
+from benchmarks.attention import TEMPORARIES_MIB, compiled_gradient, temporaries_mib
 from benchmarks.measure import bar, compare, process_tree
+from model.flops import executed_flops_per_token
+from model.presets import JOBS
+from model.slices import slice_named
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 NAMES = ("tokenization", "encoders", "input_path", "train_step")
@@ -99,6 +106,82 @@ def test_wrong_requests_are_refused() -> None:
     assert unknown.returncode == 2
     assert f"no benchmark inputpath; there are {', '.join(NAMES)}" in unknown.stderr
     assert "--rounds=0" in run("--rounds", "0").stderr
+
+
+def test_gradient_of_attention_stays_small_at_8192_tokens() -> None:
+    assert temporaries_mib(compiled_gradient("flash")) <= TEMPORARIES_MIB
+
+
+def test_attention_forms_have_the_same_gradient() -> None:
+    keys = jax.random.split(jax.random.key(0), 3)
+    arrays = [jax.random.normal(key, (1, 8, 512, 64)) for key in keys]
+    gradients = {name: compiled_gradient(name, 512)(*arrays) for name in ("plain", "flash", "jax.nn")}
+    for found in (gradients["flash"], gradients["jax.nn"]):
+        for one, expected in zip(found, gradients["plain"], strict=True):
+            np.testing.assert_allclose(one, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_executed_flops_are_products_and_kernels() -> None:
+    job, tpu_slice = JOBS["dclm-1b"], slice_named("v4-128")
+    tokens, seq_len = 256 * 2048 / 64, job.model.seq_len
+    executed = {
+        remat: tokens * executed_flops_per_token(job.model, seq_len, remat=remat, attention="splash") for remat in ("full", "save_attn")
+    }
+    memory, sent = {"arguments": 2.0, "temporaries": 3.0}, {"all-gather": 5.0, "all-reduce": 7.0}
+
+    def figures(products: float, kernels_per_layer: int) -> dict[str, float]:
+        kernels = kernels_per_layer * job.model.num_layers
+        return maxtext_compile.figures_of(job, tpu_slice, memory, sent, products, kernels, logits=0, compile_cpu_s=1.0)
+
+    # What the formula counts at a sequence of length 0 is all but attention.
+    without_attention = tokens * executed_flops_per_token(job.model, 0, remat="full", attention="splash")
+    found = figures(without_attention, 4)
+    assert found["executed, TF"] == pytest.approx(executed["full"])
+    assert found["executed, TF"] - figures(without_attention, 3)["executed, TF"] == pytest.approx(executed["full"] - executed["save_attn"])
+    assert (found["HBM, GiB"], found["ICI, GB"]) == (5.0, 12.0)
+    lines = maxtext_compile.table({"ours": {"HBM, GiB": 2.0**30}, "MaxText": {"HBM, GiB": 2.0**31, "kernels": 3}}).splitlines()
+    assert [line.split()[-2:] for line in lines] == [["ours", "MaxText"], ["1", "2"], ["0", "3"]]
+
+
+def test_maxtext_is_asked_for_the_same_job() -> None:
+    options = dict(option.split("=", 1) for option in maxtext_compile.maxtext_options(JOBS["dclm-1b"], slice_named("v4-128"), "out"))
+    assert int(options["per_device_batch_size"]) * int(options["ici_fsdp_parallelism"]) == JOBS["dclm-1b"].train.train_batch_size
+    assert (options["head_dim"], options["base_num_decoder_layers"], options["vocab_size"]) == ("128", "24", "128256")
+
+
+def test_peers_must_compute_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(CHECKOUT / "benchmarks")
+    train_step, environments = importlib.import_module("train_step"), importlib.import_module("environments")
+    row = {"first_loss": 10.0, "last_loss": 9.0, "cpu_s": 2.0, "peak_rss_mib": 1700.0}
+    rows = {"ours": [row], "torch": [row | {"cpu_s": 4.0}], "maxtext": [row | {"first_loss": 11.0}]}
+    train_step.check_losses("larger", rows)
+    assert [(held["value"], held["met"]) for held in train_step.bars_of(rows)] == [(0.5, True), (1.0, False), (1700.0, False)]
+    with pytest.raises(RuntimeError, match=r"last_loss is 9\.01 for torch"):
+        train_step.check_losses("larger", rows | {"torch": [row | {"last_loss": 9.01}]})
+    with pytest.raises(RuntimeError, match="does not fall"):
+        train_step.check_losses("larger", rows | {"maxtext": [row | {"first_loss": 9.0}]})
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(environments, "_PYTHON", "3.99")
+    assert not environments.is_made(environments.MAXTEXT[0])
+    with pytest.raises(environments.Missing, match=r"python3\.99"):
+        environments.environment(*environments.MAXTEXT)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_no_worse_than_maxtext(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(CHECKOUT / "benchmarks")
+    environments = importlib.import_module("environments")
+    if not environments.is_made(environments.MAXTEXT[0]) or not importlib.util.find_spec("libtpu"):
+        pytest.skip("MaxText's environment is not made (`python benchmarks/maxtext_compile.py` makes it), or there is no libtpu")
+    script = [sys.executable, str(CHECKOUT / "benchmarks" / "maxtext_compile.py"), "--layers", "2", "--json", str(tmp_path / "report.json")]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    columns = json.loads((tmp_path / "report.json").read_text())["columns"]
+    assert columns["ours"]["HBM arguments, GiB"] == pytest.approx(columns["MaxText"]["HBM arguments, GiB"], rel=1e-3)
+    assert columns["ours"]["arrays [*, sequence, vocabulary]"] == 0 < columns["MaxText"]["arrays [*, sequence, vocabulary]"]
 
 
 @pytest.mark.slow

@@ -60,7 +60,7 @@ def test_changes_on_the_command_line_are_in_the_plan(tmp_path: Path) -> None:
         (["--train.train-batch-size", "-3"], "train_batch_size Input should be greater than or equal to 1"),
         (["--train.per-device-parallelism", "5"], "train.per_device_parallelism=5 does not divide"),
         (["--train.tensor-parallel-size", "2"], "does not divide the 1 device(s)"),
-        (["--train.accelerator-type", "v4-128"], "can be planned (--plan) but not run"),
+        (["--train.accelerator-type", "v4-127"], "unknown TPU slice 'v4-127'"),
         (["--model.num-kv-heads", "5"], "is not a multiple of num_kv_heads=5"),
         (["--model.vocab-size", "1000"], "model.vocab_size=1000 is smaller than the tokenizer's vocabulary of 2048"),
         (["--train.train-seq-len", "4096"], "is longer than model.seq_len"),

@@ -1,1 +1,1 @@
-"""What a job will need and do on a TPU slice, found by compiling it for that slice on a machine without TPUs."""
+"""Preflight: a train step compiled for a TPU slice before one is asked for, and what the program tells. `python -m model.preflight`."""

@@ -11,19 +11,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
 
+from model.preflight.hlo_cost import Collective, HloCost, NamedArray, Network, Phase
 from model.preflight.hlo_groups import replica_group
 from model.preflight.hlo_loops import Loop, trip_count
 from model.preflight.hlo_matmuls import matmul_flops
 from model.preflight.hlo_memory import chain_link, custom_call_target, hbm_bytes, is_collective
 from model.preflight.hlo_text import Array, Computation, HloError, Instruction, Module, parse_module
 
-__all__ = ["Array", "Collective", "HloCost", "HloError", "NamedArray", "analyse"]
+__all__ = ["Array", "Collective", "HloCost", "HloError", "NamedArray", "Network", "Phase", "analyse"]
 
-Network = Literal["ici", "dcn"]
+_KERNEL = "tpu_custom_call"  # what a Pallas kernel becomes
 _MEGASCALE = {
     "ALL_REDUCE": "all-reduce",
     "ALL_GATHER": "all-gather",
@@ -31,89 +29,6 @@ _MEGASCALE = {
     "ALL_TO_ALL": "all-to-all",
     "ONE_TO_ONE": "collective-permute",
 }
-
-
-@dataclass(frozen=True)
-class Collective:
-    """One communicating instruction."""
-
-    kind: str  # all-gather, all-reduce, reduce-scatter, all-to-all, collective-permute, ...
-    is_async: bool  # started and awaited apart, with work between
-    times: int  # executions in one step
-    bytes: float  # of one execution: the array as it is before a scatter or after a gather
-    wire_bytes: float  # of one execution: what one chip sends, by the ring algorithm
-    group: tuple[int, ...]  # partitions (over DCN: slices) of the first group; of a permute, the first ring
-    dtype: str
-    network: Network
-    torus_dimensions: int | None  # of the torus that the compiler says it uses
-    colors: int | None  # directions that the compiler says it sends in at once
-    name: str
-    computation: str
-
-    @property
-    def total_wire_bytes(self) -> float:
-        """Bytes one chip sends in a step."""
-        return self.times * self.wire_bytes
-
-
-@dataclass(frozen=True)
-class NamedArray:
-    """An array that some instruction of the program makes, inside a fusion or not."""
-
-    array: Array
-    instruction: str
-    computation: str
-
-
-@dataclass(frozen=True)
-class HloCost:
-    """Costs of one step on one chip."""
-
-    collectives: tuple[Collective, ...]
-    dot_flops: float  # of matrix products in HLO; those inside kernels (custom calls) are not seen
-    hbm_bytes: float
-    custom_calls: Mapping[str, int]  # executions by target
-    arrays: tuple[NamedArray, ...]
-    num_partitions: int
-
-    def wire_bytes(self, kind: str | None = None, *, is_async: bool | None = None, network: Network = "ici") -> float:
-        """Bytes one chip sends in a step, over all collectives or those asked for."""
-        return sum(
-            collective.total_wire_bytes
-            for collective in self.collectives
-            if collective.network == network and kind in (None, collective.kind) and is_async in (None, collective.is_async)
-        )
-
-    @property
-    def ici_bytes(self) -> float:
-        """Bytes one chip sends to others of its slice."""
-        return self.wire_bytes()
-
-    @property
-    def dcn_bytes(self) -> float:
-        """Bytes one chip sends to other slices."""
-        return self.wire_bytes(network="dcn")
-
-    @property
-    def all_gather_async_share(self) -> float:
-        """Share of the all-gathers' bytes that can hide behind computation; 1 where nothing is gathered."""
-        total = self.wire_bytes("all-gather")
-        return self.wire_bytes("all-gather", is_async=True) / total if total else 1.0
-
-    @property
-    def async_share(self) -> float:
-        """Share of all ICI bytes that can hide behind computation; 1 where nothing is sent."""
-        return self.wire_bytes(is_async=True) / self.ici_bytes if self.ici_bytes else 1.0
-
-    def largest_arrays(self, count: int = 10) -> tuple[NamedArray, ...]:
-        """The largest arrays, one of each type and shape, largest first."""
-        distinct = {str(named.array): named for named in reversed(self.arrays)}
-        return tuple(sorted(distinct.values(), key=lambda named: -named.array.bytes)[:count])
-
-    def shapes_with(self, *last_dims: int) -> tuple[NamedArray, ...]:
-        """Arrays whose last dimensions are `last_dims`, with at least one before them: [*, seq, vocab] are logits."""
-        rank = len(last_dims)
-        return tuple(named for named in self.arrays if len(named.array.dims) > rank and named.array.dims[-rank:] == last_dims)
 
 
 def analyse(text: str, *, chips_per_slice: int | None = None) -> HloCost:
@@ -127,7 +42,7 @@ def analyse(text: str, *, chips_per_slice: int | None = None) -> HloCost:
     """
     module = parse_module(text)
     walk = _Walk(module, chips_per_slice)
-    walk.computation(module.entry, 1, None)
+    walk.phase(module.entry, 1, None)
     walk.check_chains()
     arrays = tuple(
         NamedArray(array, instruction.name, computation.name)
@@ -136,7 +51,15 @@ def analyse(text: str, *, chips_per_slice: int | None = None) -> HloCost:
         for array in instruction.arrays
         if array.dims
     )
-    return HloCost(tuple(walk.collectives), walk.dot_flops, walk.hbm_bytes, dict(walk.custom_calls), arrays, module.num_partitions)
+    return HloCost(
+        collectives=tuple(walk.collectives),
+        dot_flops=walk.dot_flops,
+        hbm_bytes=walk.hbm_bytes,
+        custom_calls=dict(walk.custom_calls),
+        arrays=arrays,
+        num_partitions=module.num_partitions,
+        phases=tuple(walk.phases),
+    )
 
 
 class _Walk:
@@ -151,6 +74,18 @@ class _Walk:
         self.dot_flops = 0.0
         self.hbm_bytes = 0.0
         self.custom_calls: Counter[str] = Counter()
+        self.phases: list[Phase] = []
+
+    def phase(self, computation: Computation, times: int, loop: Loop | None) -> None:
+        """Adds the entry or a loop's body, and keeps what it costs apart from the loops inside it."""
+        before, first = self._so_far(), len(self.phases)
+        self.computation(computation, times, loop)
+        inside = [(one.dot_flops, one.hbm_bytes, one.kernels) for one in self.phases[first:]]
+        flops, hbm, kernels = (now - then - sum(inner) for now, then, *inner in zip(self._so_far(), before, *inside, strict=True))
+        self.phases.append(Phase(computation.name, times, flops, hbm, round(kernels)))
+
+    def _so_far(self) -> tuple[float, float, float]:
+        return self.dot_flops, self.hbm_bytes, float(self.custom_calls[_KERNEL])
 
     def computation(self, computation: Computation, times: int, loop: Loop | None) -> None:
         """Adds a computation that runs instruction by instruction: the entry, a loop's body, a branch."""
@@ -158,7 +93,7 @@ class _Walk:
             self.hbm_bytes += times * hbm_bytes(self._module, computation, instruction)
             if instruction.opcode == "while":
                 inner = Loop(instruction, computation, loop)
-                self.computation(self._module.called(instruction, "body"), times * trip_count(self._module, inner), inner)
+                self.phase(self._module.called(instruction, "body"), times * trip_count(self._module, inner), inner)
             elif instruction.opcode == "conditional":
                 for branch in self._branches(instruction):  # which one runs is not known: both count
                     self.computation(branch, times, loop)

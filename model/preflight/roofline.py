@@ -1,7 +1,9 @@
 """The best a step can do on a slice: time of compute, HBM, ICI and DCN, which of them bounds it, and the MFU that leaves.
 
-A bound, no forecast: each unit runs at its peak. Two bounds bracket what the compiler's schedule allows:
-    hidden    all communication overlaps computation: the slowest unit sets the time (Williams et al. 2009)
+A bound, no forecast: each unit runs at its peak (Williams et al. 2009). Within a loop's body computation overlaps HBM traffic, one
+loop does not overlap the next: time on the chip is the sum over loops of the slower of the two. Kernels, whose FLOPs no HLO tells,
+share what the model's formula counts beyond the matrix products of the HLO, equally by execution. Two bounds bracket the rest:
+    hidden    all communication overlaps what the chip does by itself
     exposed   collectives that the compiler made synchronous stop everything else; asynchronous ones and DCN overlap
 
 ICI time is counted by links: a ring sends both ways, so a group that spans 1, 2 or 3 closed torus dimensions drives 2, 4 or
@@ -18,7 +20,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from model.flops import Chip
-from model.preflight.hlo import Collective, HloCost
+from model.preflight.hlo_cost import Collective, HloCost
 from model.slices import Slice
 
 Bound = Literal["compute", "hbm", "ici", "dcn"]
@@ -37,6 +39,7 @@ class Roofline:
     async_share: float
     compute_seconds: float
     hbm_seconds: float
+    on_chip_seconds: float  # loop by loop the slower of the two
     ici_seconds: float  # all collectives of the slice, one after the other
     dcn_seconds: float
     exposed_ici_seconds: float  # the synchronous ones among them
@@ -79,7 +82,8 @@ def roofline(
     compute, hbm = executed_flops_per_chip / chip.bf16_flops, cost.hbm_bytes / chip.hbm_bytes_per_second
     dcn = cost.dcn_bytes / chip.dcn_bytes_per_second
     seconds: dict[Bound, float] = {"compute": compute, "hbm": hbm, "ici": ici.exposed + ici.hidden, "dcn": dcn}
-    overlapped = max(compute, hbm, ici.hidden, dcn)
+    on_chip = _on_chip_seconds(chip, cost, executed_flops_per_chip)
+    overlapped = max(on_chip, ici.hidden, dcn)
     ideal = model_flops_per_chip / chip.bf16_flops
     return Roofline(
         model_flops_per_chip=model_flops_per_chip,
@@ -91,16 +95,33 @@ def roofline(
         async_share=cost.async_share,
         compute_seconds=compute,
         hbm_seconds=hbm,
+        on_chip_seconds=on_chip,
         ici_seconds=seconds["ici"],
         dcn_seconds=dcn,
         exposed_ici_seconds=ici.exposed,
         exposed_ici_seconds_by_colors=ici.exposed_by_colors,
         bound=max(seconds, key=lambda unit: seconds[unit]),
-        mfu_bound_hidden=ideal / max(seconds.values()),
+        mfu_bound_hidden=ideal / max(on_chip, *seconds.values()),
         mfu_bound_exposed=ideal / (overlapped + ici.exposed),
         mfu_bound_exposed_by_colors=ideal / (overlapped + ici.exposed_by_colors),
         step_seconds=overlapped + ici.exposed,
         tokens_per_second_per_chip=tokens_per_chip / (overlapped + ici.exposed),
+    )
+
+
+def _on_chip_seconds(chip: Chip, cost: HloCost, executed_flops: float) -> float:
+    """Seconds of computation and HBM traffic, one loop after the other."""
+    if not cost.phases or not cost.dot_flops:
+        return max(executed_flops / chip.bf16_flops, cost.hbm_bytes / chip.hbm_bytes_per_second)
+    kernels = sum(phase.kernels for phase in cost.phases)
+    per_kernel = max(executed_flops - cost.dot_flops, 0.0) / kernels if kernels else 0.0
+    scale = (executed_flops - per_kernel * kernels) / cost.dot_flops
+    return sum(
+        max(
+            (phase.dot_flops * scale + phase.kernels * per_kernel) / chip.bf16_flops,
+            phase.hbm_bytes / chip.hbm_bytes_per_second,
+        )
+        for phase in cost.phases
     )
 
 

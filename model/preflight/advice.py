@@ -1,0 +1,213 @@
+"""What to do about what a preflight found: a job that does not fit, a slice that is wrong for the job, a mesh worth knowing of.
+
+Everything is computed. What was not compiled is an estimate, corrected by what the compiled step showed, and is called one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from model.flops import CHIPS, GIB
+from model.preflight.estimate import Estimate, estimate
+from model.preflight.prices import cost
+from model.preflight.search import Search, Trial, score
+from model.preflight.settings import Fixed, Job, Setting, on_slice, settings_of
+from model.slices import SLICES, Generation, Slice
+
+SAFE = 0.92  # share of the usable HBM up to which an estimate is believed
+WELL_USED = 0.8  # computation's share of a step from which a slice suits the job
+
+
+@dataclass(frozen=True)
+class Correction:
+    """Compiled over estimated, by quantity."""
+
+    memory: float = 1.0
+    hbm: float = 1.0
+    ici: float = 1.0
+
+    @classmethod
+    def of(cls, trial: Trial) -> Correction:
+        """What one compiled step showed."""
+        memory = (trial.hbm_bytes or trial.estimate.hbm_bytes) / trial.estimate.hbm_bytes
+        if trial.outcome.facts is None:
+            return cls(memory=memory)
+        bounds = trial.outcome.facts.roofline
+        ici = bounds.ici_seconds / trial.estimate.ici_seconds if trial.estimate.ici_seconds else 1.0
+        return cls(memory, bounds.hbm_seconds / trial.estimate.hbm_seconds, ici)
+
+    def applied(self, made: Estimate) -> Estimate:
+        """The estimate, corrected."""
+        return replace(
+            made,
+            hbm_bytes=made.hbm_bytes * self.memory,
+            hbm_seconds=made.hbm_seconds * self.hbm,
+            ici_seconds=made.ici_seconds * self.ici,
+        )
+
+
+@dataclass(frozen=True)
+class Option:
+    """A slice on which the job would run, with its fastest setting that fits, by estimate."""
+
+    tpu_slice: Slice
+    setting: Setting
+    estimate: Estimate
+    dollars: float  # of the whole job, on demand, at the bound
+
+    @property
+    def well_used(self) -> bool:
+        """Whether computation takes most of the step."""
+        return self.estimate.compute_seconds >= WELL_USED * self.estimate.step_seconds
+
+
+def advice(search: Search, chosen: Trial) -> Iterator[str]:
+    """Sentences, the most important first."""
+    correction = Correction.of(chosen)
+    if search.best is None:
+        yield from _does_not_fit(search, chosen, correction)
+        return
+    yield from _wrong_slice(search, chosen, correction)
+    if chosen.setting.context > search.job.train.context_parallel_size:
+        yield f"each sequence is split over {chosen.setting.context} chips: train.context_parallel_size={chosen.setting.context}"
+    if chosen.setting.tensor > search.job.train.tensor_parallel_size:
+        yield (
+            f"{search.job.train.train_batch_size} sequences are too few for {search.num_chips} chips, so heads and feed-forward are split "
+            f"over {chosen.setting.tensor}, which costs traffic in every layer: a multiple of {search.num_chips} would need none"
+        )
+
+
+def _does_not_fit(search: Search, chosen: Trial, correction: Correction) -> Iterator[str]:
+    needed = "more" if chosen.hbm_bytes is None else f"{chosen.hbm_bytes / GIB:.2f} GiB"
+    yield f"{chosen.setting} needs {needed} of {search.usable / GIB:.2f} GiB usable HBM per chip of {search.tpu_slice.name}"
+    job, room = search.job, SAFE * search.usable
+    free = _estimates(job, search.tpu_slice, correction)
+    fitting = {setting: made for setting, made in free.items() if made.hbm_bytes <= room}
+    if fitting:
+        best = min(fitting, key=lambda setting: score(setting, fitting[setting]))
+        yield f"it would fit with {_flags(best, job)}: about {fitting[best].hbm_bytes / GIB:.1f} GiB, by estimate"
+    batch = _largest_batch(search, chosen, correction)
+    if batch is not None:
+        yield f"with {chosen.setting} the largest batch that fits is about {batch} sequences: --batch {batch}, by estimate"
+    roomier = list(_smallest_that_fit(job, correction))
+    if roomier:
+        names = ", ".join(f"{option.tpu_slice.name} ({option.setting})" for option in roomier)
+        yield f"the smallest slices that would hold it, by estimate: {names}"
+    elif not fitting:
+        yield "no slice of the catalogue would hold it with one sequence per chip: shorten the sequence or make the model smaller"
+
+
+def _flags(setting: Setting, job: Job) -> str:
+    """The command-line flags of a setting."""
+    parts = [f"--remat {setting.remat}", f"--microbatches {setting.microbatches}"]
+    for name, size, before in (
+        ("context", setting.context, job.train.context_parallel_size),
+        ("tensor", setting.tensor, job.train.tensor_parallel_size),
+    ):
+        if size != before:
+            parts.append(f"--train.{name}-parallel-size {size}")
+    return " ".join(parts)
+
+
+def _largest_batch(search: Search, chosen: Trial, correction: Correction) -> int | None:
+    """Sequences with which the chosen setting fits: found by bisection, a multiple of what the mesh needs."""
+    setting, job = chosen.setting, search.job
+    unit = search.num_chips // (setting.context * setting.tensor) * setting.microbatches
+
+    def fits(units: int) -> bool:
+        made = correction.applied(estimate(job.with_batch(units * unit), search.tpu_slice, setting))
+        return made.hbm_bytes <= SAFE * search.usable
+
+    low, high = 0, job.train.train_batch_size // unit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low * unit or None
+
+
+def _wrong_slice(search: Search, chosen: Trial, correction: Correction) -> Iterator[str]:
+    facts = chosen.outcome.facts
+    if facts is None or facts.roofline.compute_seconds >= WELL_USED * facts.roofline.step_seconds:
+        return
+    bounds, chip = facts.roofline, CHIPS[search.tpu_slice.generation]
+    limit = {"hbm": "HBM", "ici": "ICI", "dcn": "DCN"}.get(_limit(chosen), "ICI")
+    intensity, ridge = bounds.executed_flops_per_chip / bounds.hbm_bytes_per_chip, chip.bf16_flops / chip.hbm_bytes_per_second
+    name, slices = search.tpu_slice.name, search.job.train.slice_count
+    where = f"{search.num_chips} {search.tpu_slice.generation} chips" + (f" in {slices} slices" if slices > 1 else "")
+    text = (
+        f"{search.job.name} on {where} is {limit}-bound: {search.job.tokens_per_step / search.num_chips:,.0f} tokens a chip give "
+        f"{intensity:,.0f} FLOP per byte of HBM where {search.tpu_slice.generation} needs {ridge:,.0f}, and computation is "
+        f"{bounds.compute_seconds / bounds.step_seconds:.0%} of the step"
+    )
+    options = list(_options(search.job, correction, search.tpu_slice.generation))
+    smaller = [option for option in options if option.tpu_slice.num_chips < search.num_chips and option.tpu_slice.name != name]
+    suited = [option for option in smaller if option.well_used]
+    fastest = max(suited, key=lambda option: option.tpu_slice.num_chips, default=None)
+    if fastest is None:
+        fastest = max(smaller, key=lambda option: option.estimate.compute_seconds / option.estimate.step_seconds, default=None)
+    if fastest is not None:
+        text += f"; use {fastest.tpu_slice.num_chips} ({fastest.tpu_slice.name}): {_worth(fastest)}"
+    yield text
+    others = [option for option in _options(search.job, Correction(memory=correction.memory)) if option.well_used]
+    if others:
+        cheapest = min(others, key=lambda option: option.dollars)
+        quickest = min(others, key=lambda option: option.estimate.step_seconds)
+        for what, option in (("cheapest", cheapest), ("fastest", quickest)):
+            yield f"the {what} slice that computation bounds, by estimate: {option.tpu_slice.name}, {_worth(option)}"
+
+
+def _limit(chosen: Trial) -> str:
+    """Which unit takes the time that computation does not."""
+    assert chosen.outcome.facts is not None
+    bounds = chosen.outcome.facts.roofline
+    excess = {
+        "hbm": bounds.on_chip_seconds - bounds.compute_seconds,
+        "ici": bounds.exposed_ici_seconds + max(bounds.ici_seconds - bounds.exposed_ici_seconds - bounds.on_chip_seconds, 0.0),
+        "dcn": max(bounds.dcn_seconds - bounds.on_chip_seconds, 0.0),
+    }
+    return max(excess, key=lambda unit: excess[unit])
+
+
+def _worth(option: Option) -> str:
+    share = option.estimate.model_flops / (option.estimate.step_seconds * CHIPS[option.tpu_slice.generation].bf16_flops)
+    return f"about {option.estimate.step_seconds:.2f} s a step, MFU bound {share:.2f}, ${option.dollars:,.0f}"
+
+
+def _options(job: Job, correction: Correction, generation: Generation | None = None) -> Iterator[Option]:
+    """Single slices, of one generation or all, on which the job fits without splitting sequences or heads."""
+    for tpu_slice in SLICES.values():
+        if generation not in (None, tpu_slice.generation) or job.train.train_batch_size % tpu_slice.num_chips:
+            continue
+        moved = on_slice(job, tpu_slice.name)
+        made = _estimates(moved, tpu_slice, correction)
+        room = SAFE * CHIPS[tpu_slice.generation].usable_hbm_bytes
+        fitting = {setting: one for setting, one in made.items() if one.hbm_bytes <= room}
+        if fitting:
+            best = min(fitting, key=lambda setting: score(setting, fitting[setting]))
+            hours = fitting[best].step_seconds * job.train.num_train_steps / 3600
+            yield Option(tpu_slice, best, fitting[best], cost(tpu_slice, 1, hours).dollars)
+
+
+def _smallest_that_fit(job: Job, correction: Correction) -> Iterable[Option]:
+    """Of each generation."""
+    smallest: dict[Generation, Option] = {}
+    for option in _options(job, correction):
+        known = smallest.get(option.tpu_slice.generation)
+        if known is None or option.tpu_slice.num_chips < known.tpu_slice.num_chips:
+            smallest[option.tpu_slice.generation] = option
+    return smallest.values()
+
+
+def _estimates(job: Job, tpu_slice: Slice, correction: Correction) -> dict[Setting, Estimate]:
+    """Every setting of the job, nothing fixed; microbatches in powers of two are enough to advise."""
+    try:
+        settings = settings_of(job, tpu_slice, Fixed())
+    except ValueError:
+        return {}
+    return {
+        setting: correction.applied(estimate(job, tpu_slice, setting))
+        for setting in settings
+        if math.log2(setting.microbatches).is_integer() and setting.context * setting.tensor <= 8
+    }

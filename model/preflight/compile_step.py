@@ -1,0 +1,182 @@
+"""The child process that compiles one step for a TPU slice: `python -m model.preflight.compile_step ORDER.json`.
+
+Speaks in JSON lines: `{"event": "stage", ...}` as it goes, `{"event": "outcome", ...}` at the end. A process of its own, because
+the compiler keeps gigabytes, writes to standard error as it likes, and can take its process with it.
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from model.batch_arithmetic import BatchArithmetic
+from model.child import die_with_parent, emit
+from model.flops import CHIPS, executed_flops_per_token, train_flops_per_token
+from model.preflight.facts import CollectiveTotal, CompileFacts, CompileFailure, CompileOrder, CompileOutcome, Memory
+from model.preflight.hlo import analyse
+from model.preflight.hlo_cost import Collective, HloCost, Network
+from model.preflight.roofline import roofline
+from model.preflight.topology import prepare, slice_devices
+from model.slices import slice_named
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+# With how much was asked for: in full where buffers were assigned, of temporaries alone where it was hopeless before.
+_OUT_OF_HBM = (r"memory space hbm.*?Used ([\d.]+)([KMGT]?) of", r"on HBM.*?\(([\d.]+)([KMGT]?)\) exceeds")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def compile_step(order: CompileOrder) -> CompileOutcome:
+    """Traces, lowers and compiles the step, and reads its costs.
+
+    Raises:
+        ValueError: the configuration is one that no compiler is needed to refuse.
+    """
+    prepare()
+    emit("stage", name="load")
+    from model.mesh import make_mesh
+
+    devices = slice_devices(slice_named(order.slice_name), order.num_slices)
+    train = order.train
+    mesh = make_mesh(data=train.data_parallel_size, context=train.context_parallel_size, tensor=train.tensor_parallel_size, devices=devices)
+    emit("stage", name="trace")
+    started = time.process_time()
+    lowered = _lower(order, mesh)
+    lowered_at = time.process_time()
+    emit("stage", name="compile")
+    with tempfile.TemporaryDirectory(prefix="preflight-") as dump:
+        try:
+            compiled = lowered.compile(compiler_options=order.compiler_options | _dump_options(dump))
+        except Exception as error:  # jaxlib's XlaRuntimeError and plain ValueErrors about options: the text is what tells them apart
+            return CompileOutcome(failure=failure_of(str(error)))
+        compiled_at = time.process_time()
+        assigned = assigned_bytes(Path(dump))
+    emit("stage", name="analyse")
+    facts = _facts(order, mesh, compiled, assigned, compile_cpu_seconds=compiled_at - lowered_at, lower_cpu_seconds=lowered_at - started)
+    return CompileOutcome(facts=facts)
+
+
+def _lower(order: CompileOrder, mesh: Mesh) -> Any:
+    import jax
+    import jax.numpy as jnp
+
+    from model.partitioning import batch_sharding
+    from model.train_step import abstract_state, make_train_step
+
+    count = BatchArithmetic.of(order.train, mesh.devices.size).num_microbatches
+    shape, sharding = (order.train.train_batch_size, _seq_len(order)), batch_sharding(mesh)
+    dtypes = {"tokens": jnp.int32, "targets": jnp.int32, "loss_weights": jnp.float32, "segment_ids": jnp.int32, "positions": jnp.int32}
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
+    step: Any = make_train_step(order.model, order.train, mesh, count)
+    return step.lower(abstract_state(order.model, order.train, mesh), batch)
+
+
+def _facts(order: CompileOrder, mesh: Mesh, compiled: Any, assigned: int | None, **cpu_seconds: float) -> CompileFacts:
+    from model.attention import choose_backend
+    from model.splash_attention import SPLASH_BLOCKS
+
+    tpu_slice, model, seq_len = slice_named(order.slice_name), order.model, _seq_len(order)
+    cost = analyse(compiled.as_text(), chips_per_slice=tpu_slice.num_chips if order.num_slices > 1 else None)
+    attention = choose_backend(model, seq_len, "tpu")
+    block = model.flash_attention_block_size or SPLASH_BLOCKS.get(model.head_size, 256)
+    tokens_per_chip = order.train.train_batch_size * seq_len / mesh.devices.size
+    per_token = {
+        "model_flops_per_chip": train_flops_per_token(model, seq_len),
+        "executed_flops_per_chip": executed_flops_per_token(model, seq_len, remat=model.remat, attention=attention, block_size=block),
+    }
+    bounds = roofline(
+        CHIPS[tpu_slice.generation],
+        tpu_slice,
+        cost,
+        tokens_per_chip=tokens_per_chip,
+        coordinates=[device.coords for device in mesh.devices.flat],
+        **{name: value * tokens_per_chip for name, value in per_token.items()},
+    )
+    memory = compiled.memory_analysis()
+    return CompileFacts(
+        memory=Memory(
+            arguments=memory.argument_size_in_bytes,
+            temporaries=memory.temp_size_in_bytes,
+            code=memory.generated_code_size_in_bytes,
+            assigned=assigned,
+        ),
+        roofline=bounds,
+        mesh=dict(mesh.shape),
+        attention=attention,
+        collectives=_totals(cost),
+        phases=cost.phases,
+        logits_arrays=len(cost.shapes_with(seq_len, model.padded_vocab_size)),
+        process_cpu_seconds=time.process_time(),
+        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        **cpu_seconds,
+    )
+
+
+def _totals(cost: HloCost) -> tuple[CollectiveTotal, ...]:
+    kinds: dict[tuple[Network, str, bool], list[Collective]] = {}
+    for one in cost.collectives:
+        kinds.setdefault((one.network, one.kind, one.is_async), []).append(one)
+    return tuple(
+        CollectiveTotal(
+            kind=kind,
+            is_async=is_async,
+            network=network,
+            times=sum(one.times for one in several),
+            wire_bytes=sum(one.total_wire_bytes for one in several),
+        )
+        for (network, kind, is_async), several in sorted(kinds.items(), key=lambda item: item[0])
+    )
+
+
+def failure_of(message: str) -> CompileFailure:
+    """What the compiler's error means. Running out of vector memory is a matter of its options, of HBM one of the job."""
+    found = next(filter(None, (re.search(pattern, message, re.DOTALL) for pattern in _OUT_OF_HBM)), None)
+    if found is None:
+        return CompileFailure(kind="refused", message=_first_lines(message))
+    used = int(float(found.group(1)) * _UNITS[found.group(2)])
+    return CompileFailure(kind="out_of_memory", message=_first_lines(message), hbm_bytes=used)
+
+
+def _first_lines(message: str, count: int = 3) -> str:
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return " ".join(lines[:count])[:500]
+
+
+def _dump_options(directory: str) -> dict[str, Any]:
+    return {"xla_dump_to": directory, "xla_dump_hlo_as_text": True}
+
+
+def assigned_bytes(dump: Path) -> int | None:
+    """HBM that the buffer assignment lays out, from the compiler's own report; None where there is none."""
+    for report in sorted(dump.glob("*memory-usage-report.txt")):
+        found = re.search(r"Total bytes[^\d]*(\d+)", report.read_text(encoding="utf-8", errors="replace"))
+        if found:
+            return int(found.group(1))
+    return None
+
+
+def _seq_len(order: CompileOrder) -> int:
+    return order.train.train_seq_len or order.model.seq_len
+
+
+def main(arguments: list[str]) -> int:
+    """Runs one order; exit status 0 also where the compiler said no."""
+    die_with_parent()
+    order = CompileOrder.model_validate_json(Path(arguments[0]).read_text(encoding="utf-8"))
+    try:
+        outcome = compile_step(order)
+    except ValueError as error:
+        emit("error", message=str(error))
+        return 1
+    emit("outcome", **outcome.model_dump(mode="json"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,114 @@
+"""Compiling as the rest of preflight sees it: an order in, an outcome back, from disk or from a child process. No JAX here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from model.child import PARENT_VARIABLE
+from model.durable import write_json
+from model.preflight import cache
+from model.preflight.facts import CompileOrder, CompileOutcome
+from model.preflight.topology import check_compiler
+
+CHECKOUT = Path(__file__).resolve().parent.parent.parent
+
+
+class CompilerCrash(RuntimeError):
+    """The compiling process died without an outcome; the message holds its last words."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """An outcome and where it came from."""
+
+    outcome: CompileOutcome
+    from_cache: bool
+
+
+def compile_order(order: CompileOrder, on_stage: Callable[[str], None] = lambda stage: None, *, use_cache: bool = True) -> Compiled:
+    """The outcome of an order. What was compiled before is read from disk.
+
+    on_stage: told "load", "trace", "compile", "analyse" as the child gets there; not called for a cached outcome.
+
+    Raises:
+        ValueError: the configuration cannot be compiled for any slice, or there is no compiler on this machine.
+        CompilerCrash: the compiler took its process with it.
+    """
+    if use_cache and (outcome := cache.load(order)) is not None:
+        return Compiled(outcome, from_cache=True)
+    check_compiler()
+    outcome = _in_child(order, on_stage)
+    if use_cache:
+        try:
+            cache.store(order, outcome)
+        except OSError as error:
+            print(f"warning: {cache.cache_directory()} cannot be written ({error}): the next preflight compiles again", file=sys.stderr)
+    return Compiled(outcome, from_cache=False)
+
+
+def _in_child(order: CompileOrder, on_stage: Callable[[str], None]) -> CompileOutcome:
+    with tempfile.TemporaryDirectory(prefix="preflight-") as directory:
+        path = Path(directory) / "order.json"
+        write_json(path, order.model_dump(mode="json"))
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(CHECKOUT), *filter(None, sys.path)]),
+            PARENT_VARIABLE: str(os.getpid()),
+        }
+        with (Path(directory) / "stderr").open("w+", encoding="utf-8", errors="replace") as stderr:
+            with subprocess.Popen(
+                [sys.executable, "-m", "model.preflight.compile_step", str(path)],
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                env=environment,
+            ) as process:
+                try:
+                    outcome = _follow(process, on_stage)
+                except BaseException:
+                    process.kill()
+                    raise
+            if outcome is None:
+                raise CompilerCrash(_last_words(process.returncode, stderr))
+            return outcome
+
+
+def _follow(process: subprocess.Popen[str], on_stage: Callable[[str], None]) -> CompileOutcome | None:
+    outcome: CompileOutcome | None = None
+    assert process.stdout is not None
+    for line in process.stdout:
+        event = _event(line)
+        kind = event.pop("event", None)
+        if kind == "stage":
+            on_stage(str(event["name"]))
+        elif kind == "error":
+            raise ValueError(str(event["message"]))
+        elif kind == "outcome":
+            outcome = CompileOutcome.model_validate(event)
+    process.wait()
+    return outcome
+
+
+def _event(line: str) -> dict[str, Any]:
+    """A JSON object on a line of its own; anything else a library printed."""
+    try:
+        event = json.loads(line)
+    except json.JSONDecodeError:
+        return {}
+    return event if isinstance(event, dict) else {}
+
+
+def _last_words(status: int, stderr: TextIO) -> str:
+    stderr.seek(0)
+    tail = "".join(stderr.readlines()[-15:]).strip()
+    how = f"signal {-status}" if status < 0 else f"exit status {status}"
+    hint = " (killed by the system, most often for want of memory: a compile takes 2 to 4 GiB)" if status == -9 else ""
+    return f"the TPU compiler ended with {how}{hint}: {tail or 'it printed nothing'}"

@@ -1,0 +1,182 @@
+"""The choice of remat policy, microbatches, mesh and compiler options: the fastest that fits, found with few compilations.
+
+Arithmetic (`model.preflight.estimate`) ranks the settings and leaves out what cannot fit; the best is compiled, and what it turns
+out to need corrects the arithmetic for the rest. The sets of compiler options are then tried at the best setting.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from model.flops import CHIPS
+from model.preflight.compiler import Compiled
+from model.preflight.compiler_flags import FlagChoice, FlagSet, flag_choice
+from model.preflight.estimate import Estimate, estimate
+from model.preflight.facts import CompileOrder, CompileOutcome
+from model.preflight.settings import Fixed, Job, Setting, settings_of
+from model.slices import Slice
+
+MOST_COMPILES = 8
+# Halving a microbatch costs what no bound shows: narrower products, more turns of the loop.
+MICROBATCH_PENALTY = 0.03
+SAME_SPEED = 0.015  # HBM traffic is not known better: bounds nearer than this are no reason to use more memory
+NEARLY_FITS = 1.06  # another set of compiler options may save this much
+
+
+class CompilerRefused(ValueError):
+    """The compiler makes no program of the step, for a reason that is not HBM."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One compilation of the search."""
+
+    setting: Setting
+    flag_set: FlagSet
+    estimate: Estimate
+    outcome: CompileOutcome
+    from_cache: bool
+
+    @property
+    def hbm_bytes(self) -> int | None:
+        """HBM a chip must have; None where the compiler gave no number."""
+        if self.outcome.facts is not None:
+            return self.outcome.facts.memory.total
+        return self.outcome.failure.hbm_bytes if self.outcome.failure is not None else None
+
+    @property
+    def refused(self) -> bool:
+        """Whether the compiler objects to something else than the memory needed."""
+        return self.outcome.failure is not None and self.outcome.failure.kind == "refused"
+
+    @property
+    def failure(self) -> str:
+        """What the compiler said where it made no program."""
+        return self.outcome.failure.message if self.outcome.failure is not None else ""
+
+    @property
+    def step_seconds(self) -> float:
+        """The bound; infinite where there is no program."""
+        return self.outcome.facts.roofline.step_seconds if self.outcome.facts is not None else math.inf
+
+
+@dataclass
+class Search:
+    """A search on one slice: its trials as they are made, and what was decided."""
+
+    job: Job
+    tpu_slice: Slice
+    compile: Callable[[str, CompileOrder], Compiled]  # the text says what is compiled, for people
+    trials: list[Trial] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    correction: float = 1.0  # measured over estimated memory
+
+    @property
+    def usable(self) -> int:
+        """HBM of a chip that a program can have, in bytes."""
+        return CHIPS[self.tpu_slice.generation].usable_hbm_bytes
+
+    @property
+    def num_chips(self) -> int:
+        """Over all slices."""
+        return self.tpu_slice.num_chips * self.job.train.slice_count
+
+    def fits(self, trial: Trial) -> bool:
+        """Whether there is a program, and what it declares is no more than the chip has."""
+        return trial.outcome.facts is not None and trial.outcome.facts.memory.total <= self.usable
+
+    @property
+    def best(self) -> Trial | None:
+        """The fastest that fits; of those as fast as the fastest, the one that needs the least memory."""
+        fitting = [trial for trial in self.trials if self.fits(trial)]
+        fastest = min((trial.step_seconds for trial in fitting), default=math.inf)
+        near = [trial for trial in fitting if trial.step_seconds <= fastest * (1 + SAME_SPEED)]
+        return min(near, key=lambda trial: (trial.hbm_bytes or 0, trial.step_seconds), default=None)
+
+    def run(self, fixed: Fixed) -> Trial | None:
+        """Searches; None where nothing fits, and then `trials` end with the setting that needs the least memory.
+
+        Raises:
+            ValueError: no setting divides evenly.
+            CompilerRefused: every set of compiler options is refused for a reason that is not HBM.
+        """
+        settings = settings_of(self.job, self.tpu_slice, fixed)
+        estimates = {setting: estimate(self.job, self.tpu_slice, setting) for setting in settings}
+        while (setting := self._next(estimates)) is not None and len(self.trials) < MOST_COMPILES - 1:
+            self._try_setting(setting, estimates[setting])
+        if self.best is None:
+            least = min(estimates, key=lambda setting: estimates[setting].hbm_bytes)
+            if not any(trial.setting == least for trial in self.trials):
+                self._try_setting(least, estimates[least])
+        if self.best is not None:
+            self._try_other_flags(self.best, estimates)
+        return self.best
+
+    def single(self, setting: Setting) -> Trial | None:
+        """Compiles one setting with the first set of compiler options that is not refused; None where it does not fit.
+
+        Raises:
+            CompilerRefused: every set is refused for a reason that is not HBM.
+        """
+        self._try_setting(setting, estimate(self.job, self.tpu_slice, setting))
+        return self.best
+
+    def _next(self, estimates: dict[Setting, Estimate]) -> Setting | None:
+        """The most promising setting that is not tried: predicted to fit, and to be faster than what fits already."""
+        tried = {trial.setting for trial in self.trials}
+        fitting = {one: score(one, made) for one, made in estimates.items() if made.hbm_bytes * self.correction <= self.usable}
+        least_split = min((one.context * one.tensor for one in fitting), default=1)  # splitting finer costs, so only where it must be
+        best = self.best
+        limit = math.inf if best is None else score(best.setting, estimates[best.setting])
+        untried = {
+            one: value for one, value in fitting.items() if one not in tried and value < limit and one.context * one.tensor == least_split
+        }
+        return min(untried, key=lambda one: untried[one], default=None)
+
+    def _try_setting(self, setting: Setting, estimated: Estimate) -> None:
+        """Compiles with the first set of options that the compiler takes, and the next one where that nearly fits."""
+        choice = self._flag_choice(setting)
+        for flag_set in choice.compared + choice.fallbacks:
+            trial = self._trial(setting, flag_set, estimated)
+            if trial.refused:
+                continue
+            if trial.hbm_bytes is not None:
+                self.correction = trial.hbm_bytes / estimated.hbm_bytes
+            if self.fits(trial) or (trial.hbm_bytes or math.inf) > NEARLY_FITS * self.usable or flag_set not in choice.compared:
+                return
+        if self.trials[-1].refused and all(trial.refused for trial in self.trials if trial.setting == setting):
+            raise CompilerRefused(f"{setting}: the TPU compiler refuses this step: {self.trials[-1].failure}")
+
+    def _try_other_flags(self, best: Trial, estimates: dict[Setting, Estimate]) -> None:
+        tried = {trial.flag_set.name for trial in self.trials if trial.setting == best.setting}
+        for flag_set in self._flag_choice(best.setting).compared:
+            if flag_set.name not in tried:
+                self._trial(best.setting, flag_set, estimates[best.setting])
+
+    def _flag_choice(self, setting: Setting) -> FlagChoice:
+        tokens_at_once = self.job.tokens_per_step / self.num_chips / setting.microbatches
+        bytes_each = 2 if self.job.train.compute_dtype == "bfloat16" else 4
+        return flag_choice(self.tpu_slice.generation, tokens_at_once * self.job.model.intermediate_dim * bytes_each)
+
+    def _trial(self, setting: Setting, flag_set: FlagSet, estimated: Estimate) -> Trial:
+        job = setting.applied(self.job, self.num_chips)
+        order = CompileOrder(
+            model=job.model,
+            train=job.train,
+            slice_name=self.tpu_slice.name,
+            num_slices=job.train.slice_count,
+            compiler_options=flag_set.options,
+        )
+        compiled = self.compile(f"{setting}, options {flag_set.name}", order)
+        trial = Trial(setting, flag_set, estimated, compiled.outcome, compiled.from_cache)
+        self.trials.append(trial)
+        if trial.refused:
+            self.notes.append(f"{self.tpu_slice.name}, {setting}: the compiler refuses its options {flag_set.name}: {trial.failure}")
+        return trial
+
+
+def score(setting: Setting, estimated: Estimate) -> float:
+    """Estimated seconds of a step, with what many microbatches cost beyond any bound."""
+    return estimated.step_seconds * (1 + MICROBATCH_PENALTY) ** math.log2(setting.microbatches)

@@ -1,0 +1,183 @@
+"""What preflight may choose of a job: remat policy, microbatches, mesh. How a choice is applied, and which there are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import get_args
+
+from model.batch_arithmetic import BatchArithmetic, check_tensor_split
+from model.config import LlamaConfig, RematPolicy
+from model.config_base import Config
+from model.slices import Slice
+from model.train_config import SimpleTrainConfig
+
+_REMAT_POLICIES: tuple[RematPolicy, ...] = get_args(RematPolicy)  # from the least work to the least memory
+SMALLEST_SEQUENCE_SHARD = 256  # tokens of one sequence on one chip: two blocks of the attention kernel
+
+
+class Job(Config):
+    """A model and how it is trained; `train.accelerator_type` and `train.slice_count` say on what."""
+
+    name: str
+    model: LlamaConfig
+    train: SimpleTrainConfig
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens in one training sequence."""
+        return self.train.train_seq_len or self.model.seq_len
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of the global batch."""
+        return self.train.train_batch_size * self.seq_len
+
+    def with_batch(self, train_batch_size: int) -> Job:
+        """The same job with another global batch."""
+        return replace_train(self, train_batch_size=train_batch_size)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to run a job on so many chips."""
+
+    remat: RematPolicy
+    microbatches: int
+    data: int
+    context: int
+    tensor: int
+
+    def applied(self, job: Job, num_chips: int) -> Job:
+        """The job with this setting written into its configuration.
+
+        Raises:
+            ValueError: the batch does not divide over the chips this way.
+        """
+        whole = replace_train(
+            job,
+            data_parallel_size=self.data,
+            context_parallel_size=self.context,
+            tensor_parallel_size=self.tensor,
+            per_device_parallelism=-1,
+        )
+        rows = BatchArithmetic.of(whole.train, num_chips).per_device
+        if rows % self.microbatches:
+            raise ValueError(
+                f"--microbatches={self.microbatches} does not divide the {rows} sequences of each device: use one of "
+                f"{', '.join(map(str, divisors(rows)))}"
+            )
+        model = job.model.model_copy(update={"gradient_checkpointing": self.remat})
+        return replace_train(whole, per_device_parallelism=rows // self.microbatches).model_copy(update={"model": model})
+
+    def __str__(self) -> str:
+        """For people."""
+        mesh = "".join(f", {name} {size}" for name, size in (("context", self.context), ("tensor", self.tensor)) if size > 1)
+        return f"remat {self.remat}, {self.microbatches} microbatch{'es' if self.microbatches > 1 else ''}{mesh}"
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """What the job or the command line decided already; None is preflight's to choose."""
+
+    remat: RematPolicy | None = None
+    microbatches: int | None = None
+
+    @classmethod
+    def of(cls, job: Job, num_chips: int, *, remat: RematPolicy | None = None, microbatches: int | None = None) -> Fixed:
+        """What is given here, else what the job's configuration names: a policy by its name, sequences per device by a number.
+
+        Raises:
+            ValueError: the batch does not divide over the chips.
+        """
+        named = job.model.gradient_checkpointing
+        if remat is None and named is not True:
+            remat = job.model.remat
+        if microbatches is None and job.train.per_device_parallelism != -1:
+            microbatches = BatchArithmetic.of(job.train, num_chips).num_microbatches
+        return cls(remat, microbatches)
+
+
+def settings_of(job: Job, tpu_slice: Slice, fixed: Fixed) -> list[Setting]:
+    """Every setting that divides evenly. `fsdp` takes all chips of a slice; `data` the slices; `context`, and where sequences are too
+    short for it `tensor`, what a batch smaller than the chips leaves, or more where a single sequence is too much for a chip.
+
+    Raises:
+        ValueError: none does; names the field, its value and values that would do.
+    """
+    data = max(job.train.data_parallel_size, job.train.slice_count)
+    if data % job.train.slice_count:
+        raise ValueError(
+            f"train.data_parallel_size={data} is not a multiple of train.slice_count={job.train.slice_count}: weights are replicated "
+            f"over slices, use {job.train.slice_count}"
+        )
+    num_chips = tpu_slice.num_chips * job.train.slice_count
+    found: list[Setting] = []
+    refused: ValueError | None = None
+    for context, tensor in _splits(job, num_chips // data):
+        try:
+            check_tensor_split(job.model, tensor)
+            rows = _rows(job, num_chips, data, context, tensor)
+        except ValueError as error:
+            refused = refused or error
+            continue
+        for microbatches in divisors(rows) if fixed.microbatches is None else [fixed.microbatches]:
+            for remat in _REMAT_POLICIES if fixed.remat is None else (fixed.remat,):
+                setting = Setting(remat, microbatches, data, context, tensor)
+                setting.applied(job, num_chips)
+                found.append(setting)
+    if not found:
+        assert refused is not None
+        raise refused
+    return found
+
+
+def _splits(job: Job, chips: int) -> Iterator[tuple[int, int]]:
+    """`(context, tensor)` to try, the plainest first."""
+    context, tensor = job.train.context_parallel_size, job.train.tensor_parallel_size
+    yield context, tensor
+    if context > 1 or tensor > 1:  # said by the job
+        return
+    size = 2
+    while size <= chips:
+        if job.seq_len % (2 * size) == 0 and job.seq_len // size >= SMALLEST_SEQUENCE_SHARD:
+            yield size, 1
+        else:
+            yield 1, size
+        size *= 2
+
+
+def _rows(job: Job, num_chips: int, data: int, context: int, tensor: int) -> int:
+    """Sequences of the batch on one device.
+
+    Raises:
+        ValueError: not a whole number.
+    """
+    split = {"data_parallel_size": data, "context_parallel_size": context, "tensor_parallel_size": tensor, "per_device_parallelism": -1}
+    return BatchArithmetic.of(replace_train(job, **split).train, num_chips).per_device
+
+
+def divisors(number: int) -> list[int]:
+    """All of them, smallest first."""
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+
+
+def replace_train(job: Job, **fields: object) -> Job:
+    """The job with fields of its training changed and checked."""
+    return job.model_copy(update={"train": SimpleTrainConfig(**{**dict(job.train), **fields})})
+
+
+def on_slice(job: Job, name: str, num_slices: int = 1) -> Job:
+    """The job on other chips; what it says of its `data` axis belongs to the old ones."""
+    return replace_train(job, accelerator_type=name, slice_count=num_slices, data_parallel_size=1)
+
+
+def single_setting(job: Job, fixed: Fixed) -> Setting:
+    """The one setting of a job whose open choices are not searched: the configuration's own remat policy, the batch at once."""
+    return Setting(
+        remat=fixed.remat or job.model.remat,
+        microbatches=fixed.microbatches or 1,
+        data=max(job.train.data_parallel_size, job.train.slice_count),
+        context=job.train.context_parallel_size,
+        tensor=job.train.tensor_parallel_size,
+    )

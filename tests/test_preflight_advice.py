@@ -1,0 +1,116 @@
+"""Advice is computed: what a job needs to fit, and which slice suits it."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from model.flops import CHIPS, GIB
+from model.preflight.advice import advice
+from model.preflight.estimate import estimate
+from model.preflight.result import Preflight, result_of
+from model.preflight.search import Search
+from model.preflight.settings import Fixed, Job, replace_train
+from model.presets import JOBS
+from model.slices import SLICES, slice_named
+from tests.preflight_facts import compiled_as_estimated, good
+
+
+def found(
+    name: str, slice_name: str, fixed: Fixed, *, memory: float = 1.0, hbm: float = 1.0, exposed: float = 0.0, **train: object
+) -> Search:
+    job = replace_train(Job(name=name, model=JOBS[name].model, train=JOBS[name].train), **train)
+    search = Search(
+        job, slice_named(slice_name), lambda _, order: good(compiled_as_estimated(order, memory=memory, hbm=hbm, exposed=exposed))
+    )
+    search.run(fixed)
+    return search
+
+
+def lines(search: Search) -> list[str]:
+    chosen = search.best or search.trials[-1]
+    return list(advice(search, chosen))
+
+
+def test_a_job_that_suits_its_slice_needs_no_advice() -> None:
+    assert lines(found("dclm-1b", "v4-128", Fixed())) == []
+
+
+def test_too_many_chips() -> None:
+    first, cheapest, fastest = lines(found("dclm-1b", "v6e-256", Fixed(), hbm=1.2))
+    assert "dclm-1b on 256 v6e chips is HBM-bound: 2,048 tokens a chip give" in first
+    assert "FLOP per byte of HBM where v6e needs 560" in first
+    advised = re.search(r"use (\d+) \((\S+)\)", first)
+    assert advised is not None
+    assert SLICES[advised.group(2)].num_chips == int(advised.group(1)) < 256
+    assert cheapest.startswith("the cheapest slice that computation bounds, by estimate: ")
+    assert fastest.startswith("the fastest slice that computation bounds, by estimate: ")
+
+
+def test_links_that_bind_are_named() -> None:
+    assert "is ICI-bound" in lines(found("dclm-1b", "v5e-256", Fixed(), exposed=0.2))[0]
+
+
+def test_settings_and_batches_that_would_fit() -> None:
+    search = found("dclm-7b", "v4-128", Fixed(remat="save_qkv_attn", microbatches=2))
+    needs, setting, batch, *_ = lines(search)
+    assert re.match(r"remat save_qkv_attn, 2 microbatches needs \d+\.\d+ GiB of 30.75 GiB usable HBM per chip of v4-128", needs)
+    advised = re.search(r"--remat (\S+) --microbatches (\d+)", setting)
+    assert advised is not None
+    again = found("dclm-7b", "v4-128", Fixed(advised.group(1), int(advised.group(2))))  # type: ignore[arg-type]
+    assert again.best is not None
+    sequences = re.search(r"--batch (\d+)", batch)
+    assert sequences is not None
+    smaller = found("dclm-7b", "v4-128", Fixed("save_qkv_attn", 2), train_batch_size=int(sequences.group(1)))
+    assert smaller.best is not None
+    larger = search.job.with_batch(int(sequences.group(1)) + 128)
+    made = estimate(larger, search.tpu_slice, search.trials[-1].setting)
+    assert made.hbm_bytes > 0.92 * search.usable
+
+
+def test_slices_that_would_hold_it() -> None:
+    search = found("dclm-7b", "v5e-8", Fixed())
+    assert search.best is None
+    smallest = lines(search)[-1]
+    assert smallest.startswith("the smallest slices that would hold it, by estimate: ")
+    for name in re.findall(r"(v\S+) \(", smallest):
+        held = found("dclm-7b", name, Fixed())
+        assert held.best is not None, name
+
+
+def test_a_job_no_slice_holds() -> None:
+    assert "no slice of the catalogue would hold it" in lines(found("dclm-7b", "v4-128", Fixed(), memory=1000.0))[-1]
+
+
+def test_splits_that_were_chosen_are_said() -> None:
+    assert any("each sequence is split over 2 chips" in line for line in lines(found("dclm-1b", "v4-1024", Fixed())))
+
+
+@pytest.mark.parametrize(("slice_name", "fits"), [("v4-128", True), ("v5e-8", False)])
+def test_the_result_has_every_key_that_others_read(slice_name: str, fits: bool) -> None:
+    search = found("dclm-7b", slice_name, Fixed())
+    result = result_of(search, "on_demand")
+    keys = {
+        "fits", "hbm_gib_per_chip", "hbm_usable_gib", "executed_flops_per_chip", "model_flops_per_chip", "ici_bytes_per_chip",
+        "all_gather_async_share", "mfu_bound_exposed", "mfu_bound_hidden", "compile_cpu_seconds", "remat", "microbatches", "mesh",
+        "compiler_options", "step_seconds", "hours", "dollars", "advice",
+    }  # fmt: skip
+    assert keys <= result.model_dump().keys()
+    assert result.fits == fits
+    assert result.hbm_usable_gib == CHIPS[search.tpu_slice.generation].usable_hbm_bytes / GIB
+    assert Preflight.model_validate_json(result.model_dump_json()) == result
+
+
+def test_hours_and_dollars() -> None:
+    search = found("dclm-1b", "v4-128", Fixed())
+    result = result_of(search, "on_demand")
+    assert result.step_seconds is not None
+    assert result.hours == pytest.approx(result.step_seconds * 54_931 / 3600)
+    assert result.dollars == pytest.approx(result.hours * 64 * 3.22)
+    spot = result_of(search, "spot")
+    assert spot.dollars == pytest.approx(result.hours * 64 * 0.9215)
+    two = result_of(found("dclm-1b", "v4-128", Fixed(), slice_count=2), "on_demand")
+    assert two.hours is not None
+    assert two.dollars == pytest.approx(two.hours * 128 * 3.22)
+    assert two.num_hosts == 32

@@ -1,0 +1,216 @@
+"""`python -m model.preflight` as a person and a program meet it, with steps of two narrow layers that libtpu compiles now."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model.preflight.compile_step import failure_of
+from model.preflight.result import Preflight
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+NARROW = (
+    *("--model.hidden-dim", "512", "--model.intermediate-dim", "1024", "--model.num-heads", "4", "--model.num-kv-heads", "4"),
+    *("--model.num-layers", "2", "--model.vocab-size", "8192", "--seq-len", "512"),
+)
+# One compilation each, some 15 CPU-seconds; the widths of the reference jobs are in test_preflight_bars.py.
+COMPILED = {
+    "v4-128": ("R1", "--accelerator", "v4-128", "--batch", "128", "--remat", "save_all", "--microbatches", "2"),
+    "two slices": ("r7", "--accelerator", "v4-8", "--num-slices", "2", "--batch", "16"),
+    "v5e-16": ("R1", "--accelerator", "v5e-16", "--batch", "16"),
+}
+
+
+@dataclasses.dataclass
+class Command:
+    """Runs the command with a cache of its own."""
+
+    cache: Path
+
+    def __call__(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        variables = os.environ | {"PYTHONPATH": str(CHECKOUT), "PREFECT_LLAMA_CACHE": str(self.cache), "COLUMNS": "200"} | environment
+        command = [sys.executable, "-m", "model.preflight", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env=variables, cwd=self.cache, timeout=500)
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
+    return Command(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def compiled(command: Command) -> dict[str, subprocess.CompletedProcess[str]]:
+    """Each of COMPILED, compiled once for all tests here."""
+    pytest.importorskip("libtpu")
+    return {name: command(*arguments, *NARROW, "--no-search", "--json") for name, arguments in COMPILED.items()}
+
+
+def found(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """The JSON, which is all there is on standard output."""
+    assert done.returncode in (0, 3), done.stderr
+    return json.loads(done.stdout)
+
+
+def test_json_alone_on_standard_output_and_progress_beside_it(compiled: dict[str, subprocess.CompletedProcess[str]]) -> None:
+    for name, done in compiled.items():
+        assert done.returncode == 0, done.stderr
+        Preflight.model_validate_json(done.stdout)
+        lines = done.stderr.splitlines()
+        assert len(lines) == 2, f"{name}: {done.stderr}"  # the compiler's own noise is not there
+        assert all(line.startswith("compile 1: ") for line in lines)
+
+
+def test_one_slice_with_microbatches(compiled: dict[str, subprocess.CompletedProcess[str]]) -> None:
+    one = found(compiled["v4-128"])
+    assert one["fits"]
+    assert (one["remat"], one["microbatches"], one["gradient_sum_dtype"], one["attention"]) == ("save_all", 2, "bfloat16", "splash")
+    assert one["mesh"] == {"data": 1, "fsdp": 16, "fsdp_ring": 4, "context": 1, "tensor": 1}
+    assert "xla_tpu_reduce_scatter_collective_matmul_mode" in one["compiler_options"]
+    assert 0 < one["hbm_assigned_gib_per_chip"] <= one["hbm_gib_per_chip"] < 1
+    assert 0 < one["mfu_bound_exposed"] <= one["mfu_bound_hidden"] < 1
+    assert one["mfu_bound_exposed"] < one["mfu_bound_exposed_full_attention"]
+    assert one["step_seconds"] >= one["on_chip_seconds"] >= max(one["compute_seconds"], one["hbm_seconds"])
+    # gathered in the forward and the backward pass of each microbatch, scattered once: three times the bfloat16 weights of both
+    weights = 2 * (2 * (4 * 512 * 512 + 3 * 512 * 1024) + 2 * 8192 * 512)
+    assert one["ici_bytes_per_chip"] == pytest.approx(2 * 2.5 * weights, rel=0.35)
+    assert one["dcn_bytes_per_chip"] == 0
+    assert one["logits_arrays"] == 0
+    assert one["all_gather_async_share"] > 0.4
+    assert one["lower_cpu_seconds"] < 5 < one["compile_cpu_seconds"]
+
+
+def test_slices_exchange_gradients_only(compiled: dict[str, subprocess.CompletedProcess[str]]) -> None:
+    two = found(compiled["two slices"])
+    assert (two["job"], two["num_slices"], two["num_chips"], two["mesh"]["data"]) == ("dclm-7b", 2, 8, 2)
+    parameters = 2 * (4 * 512 * 512 + 3 * 512 * 1024) + 2 * 8192 * 512
+    assert two["dcn_bytes_per_chip"] == pytest.approx(parameters / 4 * 2, rel=0.6)  # a quarter each, in two bytes, or four of the head's
+    assert two["dcn_seconds"] > 0
+
+
+def test_a_plane(compiled: dict[str, subprocess.CompletedProcess[str]]) -> None:
+    plane = found(compiled["v5e-16"])
+    assert (plane["accelerator"], plane["remat"], plane["microbatches"]) == ("v5litepod-16", "full", 1)
+    assert plane["recomputation"] > 1.2
+    assert any("v5e chips is" in line for line in plane["advice"])
+
+
+def test_the_second_time_nothing_is_compiled(command: Command, compiled: dict[str, subprocess.CompletedProcess[str]]) -> None:
+    again = command(*COMPILED["v5e-16"], *NARROW, "--no-search", "--json")
+    assert again.stderr == ""
+    first, second = found(compiled["v5e-16"]), found(again)
+    assert second["trials"][0]["from_cache"]
+    assert {**second, "trials": None} == {**first, "trials": None}
+
+
+def test_the_report_for_people(command: Command, compiled: dict[str, subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+    picture = tmp_path / "roofline.png"
+    done = command(*COMPILED["v4-128"], *NARROW, "--no-search", "--plot", str(picture), "--price", "spot")
+    assert done.returncode == 0, done.stderr
+    for words in (
+        "dclm-1b on v4-128 (64 chips, 16 hosts): fits",
+        "fsdp 16 x fsdp_ring 4",
+        "save_all",
+        "reduce-scatter-matmul",
+        "of 30.75 GiB",
+        "MFU bound",
+        "TFLOP/s of one chip over FLOP per byte of HBM",
+        "spot list price in us-central2 as of 20",
+        "gradients are summed over chips in bfloat16",
+    ):
+        assert words in done.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_job_from_a_file(command: Command, compiled: dict[str, subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+    model = {"seq_len": 512, "hidden_dim": 512, "intermediate_dim": 1024, "num_heads": 4, "num_kv_heads": 4, "num_layers": 2}
+    model |= {"vocab_size": 8192}
+    train = {"train_batch_size": 16, "num_train_steps": 10, "learning_rate": 1.0, "accelerator_type": "v5e-16", "warmup": 5000 / 54_931}
+    train |= {"weight_decay": 0.033, "min_lr_ratio": 0.1, "z_loss_weight": 1e-4, "train_seq_len": 512}
+    job = tmp_path / "job.json"
+    model["seq_len"] = 2048  # a longer model trained on sequences of 512 is the same step
+    job.write_text(json.dumps({"name": "mine", "model": model, "train": train}))
+    done = command("--job", str(job), "--no-search", "--json")
+    assert found(done)["job"] == "mine"
+    assert found(done)["trials"][0]["from_cache"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["R1"], "on which slice? give --accelerator"),
+        ([], "which job?"),
+        (["R2", "--accelerator", "v4-128"], "unknown job 'R2'"),
+        (["dclm-8b", "--accelerator", "v4-128"], "did you mean 'dclm-"),
+        (["R1", "--accelerator", "v4-100"], "unknown TPU slice 'v4-100': did you mean v4-16, v4-32, v4-64, v4-128?"),
+        (["R1", "--accelerator", "v4-128", "--batch", "255"], "use a multiple of 64, such as 192"),
+        (["R1", "--accelerator", "v4-128", "--microbatches", "3"], "use one of 1, 2, 4"),
+        (["R1", "--accelerator", "v4-128", "--remat", "everything"], "save_attn"),
+        (
+            ["R1", "--accelerator", "v4-128", "--train.tensor-parallel-size", "32"],
+            "num_heads=16 is not a multiple of the mesh axis tensor=32",
+        ),
+        (["R1", "--accelerator", "v4-128", "--num-slices", "0"], "greater than or equal to 1"),
+        (["R1", "--accelerator", "v4-128", "--price", "free"], "on_demand"),
+        (["--job"], "--job needs a file"),
+        (["--job", "/nowhere.json"], "/nowhere.json"),
+    ],
+)
+def test_mistakes_are_answered_before_anything_is_compiled(command: Command, arguments: list[str], message: str) -> None:
+    done = command(*arguments)
+    assert done.returncode == 2, done.stdout
+    assert done.stdout == "" or "usage" in done.stdout
+    said = " ".join((done.stdout + done.stderr).replace("\u2502", " ").split())
+    assert message in said
+    assert "Traceback" not in said
+    assert "compile 1" not in said
+
+
+def test_a_job_that_does_not_fit(command: Command) -> None:
+    pytest.importorskip("libtpu")
+    arguments = ("R1", *NARROW, "--accelerator", "v5e-1", "--batch", "2048", "--remat", "none", "--microbatches", "1")
+    done = command(*arguments, "--json")
+    assert done.returncode == 3, done.stderr
+    refused = json.loads(done.stdout)
+    assert not refused["fits"]
+    assert refused["hbm_gib_per_chip"] > 15.75 == refused["hbm_usable_gib"]
+    assert refused["step_seconds"] is None
+    assert "Ran out of memory" in refused["trials"][0]["failure"]
+    setting = next(line for line in refused["advice"] if line.startswith("it would fit with --remat"))
+    advised = re.search(r"--microbatches (\d+)", setting)
+    assert advised is not None
+    assert int(advised.group(1)) > 1
+    people = command(*arguments)
+    assert people.returncode == 3
+    assert "does NOT fit" in people.stdout
+    assert "advice: it would fit with" in people.stdout
+
+
+@pytest.mark.parametrize(
+    ("message", "kind", "gib"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm.\nUsed 34.19G of 30.75G hbm. Exceeded", "out_of_memory", 34.19),
+        ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total (68.29G) exceeds available HBM (15.75G).", "out_of_memory", 68.29),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem.\nUsed 16.12M of 16.00M vmem.", "refused", None),
+        ("INVALID_ARGUMENT: No such compile option: 'xla_tpu_make_it_fast'", "refused", None),
+    ],
+)
+def test_what_the_compiler_says_is_understood(message: str, kind: str, gib: float | None) -> None:
+    failure = failure_of(message)
+    assert failure.kind == kind
+    assert (failure.hbm_bytes and failure.hbm_bytes / 2**30) == pytest.approx(gib)
+
+
+def test_help_needs_no_job_and_loads_no_jax(command: Command) -> None:
+    done = command("--help", PYTHONPROFILEIMPORTTIME="1")
+    assert done.returncode == 0
+    assert "--no-search" in done.stdout
+    imported = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert not imported & {"jax", "libtpu", "matplotlib", "plotext"}

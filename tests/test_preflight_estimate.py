@@ -1,0 +1,67 @@
+"""The arithmetic before any compilation, against what libtpu 0.0.42 said of real shapes."""
+
+from __future__ import annotations
+
+import pytest
+
+from model.flops import GIB
+from model.preflight.estimate import attention_on_tpu, estimate, kept_numbers
+from model.preflight.settings import Job, Setting, replace_train
+from model.presets import JOBS
+from model.slices import slice_named
+
+
+def job(name: str, **train: object) -> Job:
+    return replace_train(Job(name=name, model=JOBS[name].model, train=JOBS[name].train), **train)
+
+
+@pytest.mark.parametrize(
+    ("name", "slice_name", "remat", "microbatches", "gib", "step_seconds"),
+    [
+        ("dclm-1b", "v4-128", "full", 1, 4.42, 0.468),
+        ("dclm-1b", "v4-128", "save_all", 1, 15.28, 0.400),
+        ("dclm-1b", "v4-128", "none", 2, 19.13, 0.36),
+        ("dclm-1b", "v6e-32", "save_all", 2, 16.10, None),
+        ("dclm-7b", "v4-128", "full", 2, 27.59, 13.38),
+        ("dclm-7b", "v4-128", "save_all", 8, 32.45, 11.26),
+        ("dclm-7b", "v5p-128", "save_qkv_attn", 2, 64.47, 7.45),
+        ("dclm-7b", "v6e-256", "save_qkv_attn", 1, 33.81, None),
+        ("dclm-7b", "v5e-256", "full", 1, 14.17, None),
+    ],
+)
+def test_compiled_steps(name: str, slice_name: str, remat: str, microbatches: int, gib: float, step_seconds: float | None) -> None:
+    made = estimate(job(name), slice_named(slice_name), Setting(remat, microbatches, 1, 1, 1))  # type: ignore[arg-type]
+    assert made.hbm_bytes / GIB == pytest.approx(gib, rel=0.21)
+    if step_seconds is not None:
+        assert made.step_seconds == pytest.approx(step_seconds, rel=0.1)
+
+
+def test_what_more_or_less_of_everything_does() -> None:
+    def made(remat: str = "full", microbatches: int = 1, context: int = 1, tensor: int = 1, slice_name: str = "v4-128", **train: object):
+        return estimate(job("dclm-1b", **train), slice_named(slice_name), Setting(remat, microbatches, 1, context, tensor))  # type: ignore[arg-type]
+
+    policies = ("full", "save_attn", "save_qkv_attn", "save_all", "none")
+    memory = [made(remat).hbm_bytes for remat in policies]
+    work = [made(remat).executed_flops for remat in policies]
+    assert memory == sorted(memory)
+    assert work == sorted(work, reverse=True)
+    assert made(microbatches=2).hbm_bytes < made().hbm_bytes
+    assert made(microbatches=2).ici_seconds == pytest.approx(2 * made().ici_seconds)
+    assert made(tensor=4).ici_seconds > made().ici_seconds
+    assert made(slice_name="v4-256").compute_seconds == pytest.approx(made().compute_seconds / 2)
+    assert made().dcn_seconds == 0
+    assert made(slice_count=2).dcn_seconds > 0
+
+
+def test_few_tokens_a_chip_are_bound_by_hbm() -> None:
+    assert estimate(job("dclm-1b"), slice_named("v6e-256"), Setting("save_all", 1, 1, 1, 1)).bound == "hbm"
+    assert estimate(job("dclm-1b"), slice_named("v4-128"), Setting("save_all", 1, 1, 1, 1)).bound == "compute"
+
+
+def test_which_attention() -> None:
+    model = JOBS["dclm-1b"].model
+    assert attention_on_tpu(model, 2048) == "splash"
+    assert attention_on_tpu(model, 2000) == "plain"
+    assert attention_on_tpu(model.model_copy(update={"use_flash_attention": False}), 2048) == "plain"
+    assert attention_on_tpu(model.model_copy(update={"attn_backend": "flash"}), 2048) == "flash"
+    assert kept_numbers(model, "full") == 2048
