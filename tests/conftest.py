@@ -1,11 +1,20 @@
 """Shared by all tests: the environment that must be set before JAX is first imported."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 import hypothesis
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
+# Many tests start the same training process: it compiles the same step each time, and that is most of what the tests cost.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jax-compiled-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 # a loaded machine must not fail a test, and two runs must test the same
 hypothesis.settings.register_profile("untimed", deadline=None, derandomize=True)
