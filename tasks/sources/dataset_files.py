@@ -42,8 +42,9 @@ def list_files(dataset: Dataset) -> tuple[SourceFile, ...]:
 
 
 def check_files(dataset: Dataset, *, trained: bool) -> tuple[str, ...]:
-    """The names of the files. Raises DataError where a file cannot be read, is empty, or all are; and where one to train on is named like held-out data.
+    """The names of the files.
 
+    Raises DataError where a file cannot be read, is empty, or all are; and where one to train on is named like held-out data.
     Looked at are the names below the fixed part of each glob and the directory they are in, for HTTP (also from a list) the
     path of the URL, and on the Hub the path in the repository. Directories further up may be called as they like.
     """
