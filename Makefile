@@ -28,7 +28,7 @@ export DO_NOT_TRACK ?= 1
 .DELETE_ON_ERROR:
 
 train: setup ; @$(PY) flows/train.py $(ARGS)
-test:  setup ; @$(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not oracle" $(ARGS)
+test:  setup ; @$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not oracle" $(ARGS)
 slow:  setup ; @$(PY) -m pytest -q -m "slow" $(ARGS)
 bench: setup ; @$(PY) benchmarks/run.py $(ARGS)
 
