@@ -1,6 +1,6 @@
 """The order of training rows: which window of which component is row i, as arithmetic, without state or tables.
 
-Row i is a pure function of (components, stages, seed, i). Version 3 of the order:
+Row i is a pure function of (components, stages, seed, i). Version 4 of the order:
   mixture      blocks of at most 2048 rows hold so many rows of each component that the shares are exact at every border
                (`model.schedule`); a keyed permutation decides whose each row of the block is
   windows      row k of a component is window p(k mod n) of epoch k // n, with n windows in an epoch and p a permutation keyed
@@ -29,7 +29,7 @@ from model.shares import Stage
 
 __all__ = ["BLOCK", "ORDER_VERSION", "Component", "RowOrder", "Rows", "Stage", "hash64", "kept_windows", "permute"]
 
-ORDER_VERSION = 3
+ORDER_VERSION = 4
 _KEPT_BLOCKS = 4
 
 # which question a hash answers, so that the answers are independent

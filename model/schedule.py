@@ -1,8 +1,9 @@
 """How many rows of each component lie before any block border: whole numbers that follow exact shares as closely as they can.
 
-A block is the rows between two borders; borders are the multiples of 2048 and the rows where a stage begins. At each border
-the counts add up to the row, never fall from border to border, and each is about within 1 of what the component is due, also
-for shares far below one row a block: no positive share is ever rounded to nothing.
+A block is the rows between two borders; borders are the multiples of 2048 and the rows where rates change: where a stage begins
+and where a component is used up. At each border the counts add up to the row, never fall from border to border, and each is
+about within 1 of what the component is due, also for shares far below one row a block: no positive share is ever rounded to
+nothing.
 
   even stretches   (rates as they are, whole blocks) counts come straight from the exact shares, whatever the row. Components
                    with at least two rows a block take the differences of their rounded cumulative shares, which are their own
@@ -14,7 +15,8 @@ for shares far below one row a block: no positive share is ever rounded to nothi
                    moments, by 0.04 at most with up to 64 rare components. Beyond 64 the parts are just halves: up to 1.2
   other blocks     (cut at a stage, or a component runs out) counts are carried on from the border before, row by row to
                    whoever is owed most. A stage that makes a common component a rare one, far below its share before, can
-                   leave it up to half a row beyond the bound until its next row is due.
+                   leave it up to half a row beyond the bound until its next row is due. Where a component is used up, counts
+                   at the ends of its 2048 rows come first, and those at the border between stay between them.
 
 C components, numbered in the order of the names.
 """
@@ -75,8 +77,12 @@ class Schedule:
         for start, stop in self._spans(stages):
             even = self._even(start, stop, counts)
             self._pieces.append(_Piece(start, stop, counts, even))
-            if stop is not None:
-                counts = self._carry_on(start, stop, counts) if even is None else even.counts(stop)
+            if stop is None:
+                continue
+            after = self._carry_on(start, stop, counts) if even is None else even.counts(stop)
+            if even is None:
+                self._pieces[-1:] = self._cut_where_used_up(start, stop, counts, after)
+            counts = after
         self._starts = [piece.start for piece in self._pieces]
         self._final = counts
 
@@ -99,12 +105,9 @@ class Schedule:
 
     def _spans(self, stages: Sequence[Stage]) -> list[tuple[int, int | None]]:
         """Where pieces begin and end: around each change of rates the block it falls in, cut where a stage begins."""
-        borders = {0}
-        for row in (stage.row for stage in stages):
-            borders |= {row, max(row - 1, 0) // BLOCK * BLOCK, -(-row // BLOCK) * BLOCK}
-        for row in self._shares.used_up:
-            first = math.floor(row) // BLOCK * BLOCK
-            borders |= {first, first + BLOCK}
+        borders = {stage.row for stage in stages}
+        for row in (*borders, *map(math.ceil, self._shares.used_up)):
+            borders |= {max(row - 1, 0) // BLOCK * BLOCK, -(-row // BLOCK) * BLOCK}
         if self.num_rows is None:
             ordered = sorted(borders)
             return list(zip(ordered, [*ordered[1:], None], strict=True))
@@ -119,6 +122,17 @@ class Schedule:
         if stop is not None and stretch is not self._shares.stretch(stop):
             return None
         return _EvenStretch(start, counts, stretch)
+
+    def _cut_where_used_up(self, start: int, stop: int, before: tuple[int, ...], after: tuple[int, ...]) -> list[_Piece]:
+        """The rows [start, stop), cut where components are used up, so that each has its share of the rows until then."""
+        first, last = bisect_right(self._shares.used_up, start), bisect_right(self._shares.used_up, stop - 1)
+        cuts = [start, *sorted({math.ceil(row) for row in self._shares.used_up[first:last]})]
+        pieces = [_Piece(start, cuts[1] if len(cuts) > 1 else stop, before, None)]
+        for row, cut, end in zip(cuts, cuts[1:], [*cuts[2:], stop], strict=False):
+            stretch, counts = self._shares.stretch(cut), list(pieces[-1].before)
+            self._hand_out(cut - row, range(len(counts)), stretch.at(cut), stretch.denominator, counts, after)
+            pieces.append(_Piece(cut, end, tuple(counts), None))
+        return pieces
 
     def _carry_on(self, start: int, stop: int, before: tuple[int, ...]) -> tuple[int, ...]:
         """Counts at `stop` from those at `start`: as near to what is due as rows that only rise can come."""
@@ -136,14 +150,15 @@ class Schedule:
             resting = set(range(len(due))).difference(staying).intersection(index for index, rate in enumerate(last.rates) if not rate)
             owed = _round(sum(due[index] for index in resting), unit) - sum(before[index] for index in resting)
             owed = max(0, min(owed, rows))
-            self._hand_out(owed, leaving, due, unit, counts)
+            self._hand_out(owed, leaving, due, unit, counts, self._limits)
             rows -= owed
-        self._hand_out(rows, staying or leaving, due, unit, counts)
+        self._hand_out(rows, staying or leaving, due, unit, counts, self._limits)
         return tuple(counts)
 
-    def _hand_out(self, rows: int, members: Sequence[int], due: Sequence[int], unit: int, counts: list[int]) -> None:
-        """Adds `rows` rows to the counts of the members, each to whoever is then owed most and is not used up."""
-        room = {index: math.inf if (limit := self._limits[index]) is None else limit - counts[index] for index in members}
+    @staticmethod
+    def _hand_out(rows: int, members: Sequence[int], due: Sequence[int], unit: int, counts: list[int], most: Sequence[int | None]) -> None:
+        """Adds `rows` rows to the counts of the members, each to whoever is then owed most and has less than its `most`."""
+        room = {index: math.inf if (limit := most[index]) is None else limit - counts[index] for index in members}
         extra = {index: int(max(0, min(due[index] // unit - counts[index], room[index]))) for index in members}
         left = rows - sum(extra.values())
         step = 1 if left > 0 else -1

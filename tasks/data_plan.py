@@ -1,4 +1,7 @@
-"""What a run reads of each dataset: tokens, epochs, bytes to fetch; measured where the tokens are there, else estimated."""
+"""What a run reads of each dataset: tokens, epochs, bytes to fetch; by its own order, over tokens that are there or estimated ones.
+
+What is known exactly and cannot work is refused; what only an estimate says is a warning.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,18 @@ from pathlib import Path
 
 from model.batches import BatchLoader
 from model.order import Component, RowOrder, Stage, kept_windows
-from tasks.artifacts import read_manifest
+from model.packing import BestFitPlan, Windows
+from model.token_store import StoreError, TokenStore, with_tail
 from tasks.config import RunConfig
-from tasks.data_steps import DataSteps, Mixing, RawFiles
+from tasks.data_estimates import bytes_per_token, source_bytes, text_bytes
+from tasks.data_steps import DataSteps, Mixing, RawFiles, RegisteredTask, Tokenization
 from tasks.steps import Step
-
-# English text gives 3 to 4.5 bytes a token with the usual vocabularies, code less. Only the order of magnitude is meant.
-BYTES_PER_TOKEN = 4.0
-
+from tasks.vocabularies import Tokenizer
 
 # How many windows a dataset is taken to have of which nothing is known: as many as no run reads.
 _UNKNOWN_WINDOWS = 1 << 40
+# Packing more documents takes too long for a plan: seconds for each ten million.
+_PACKED_DOCUMENTS = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -31,82 +35,167 @@ class PlannedComponent:
     measured: bool
 
 
-def planned_components(config: RunConfig, steps: DataSteps, root: Path) -> tuple[PlannedComponent, ...]:
-    """What the run reads of each dataset it trains on: by the run's own order, over tokens that are there or estimated ones.
+@dataclass(frozen=True)
+class PlannedData:
+    """The datasets a run trains on, and what a person should know of the data before it starts, a sentence each."""
 
-    Raises ValueError, as the training would, where the committed mixture cannot feed it, or where by the estimate every
-    dataset reaches its max_epochs long before the last step.
+    components: tuple[PlannedComponent, ...]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Train:
+    """The training split of a dataset: rows of an epoch, tokens of a row, all tokens; `tokens` None where nothing is known."""
+
+    rows: int
+    row_tokens: float
+    tokens: float | None
+    measured: bool
+
+
+def planned_data(config: RunConfig, steps: DataSteps, root: Path) -> PlannedData:
+    """What the run reads of each dataset it trains on.
+
+    Raises ValueError, as the training would, where tokens that are there cannot feed it.
     """
     train = config.train
+    warnings = _unseen_changes(steps)
     if steps.mixture.is_committed(root):
         loader = BatchLoader(
             steps.mixture.directory(root), seq_len=config.seq_len, global_batch_size=train.train_batch_size, seed=train.loader_seed
         )
         planned = loader.planned(train.num_train_steps)
-        return tuple(
+        components = tuple(
             PlannedComponent(name, part["tokens"], part["epochs"], part["tokens"] / (part["epochs"] or 1) or None, measured=True)
             for name, part in planned.items()
         )
+        return PlannedData(components, tuple(warnings))
     mixing = steps.mixture.config
     assert isinstance(mixing, Mixing)
     stages = [Stage(stage["step"] * train.train_batch_size, stage["shares"]) for stage in mixing.stages]
     trained = {name for stage in stages for name in stage.shares}
-    sources = {step.name: _available(step, root, mixing) for step in steps.tokens if step.name in trained}
-    components = [_component(name, sources[name][0], config.seq_len, mixing) for name in sources]
-    order = RowOrder(components, stages, train.loader_seed)
+    splits: dict[str, _Train] = {}
+    for step in (step for step in steps.tokens if step.name in trained):
+        counted = step.is_committed(root) and _counted(step, root, config.seq_len, mixing)
+        splits[step.name] = counted or _estimated(step, config.data.tokenizer, config.seq_len, mixing, warnings)
+    order = RowOrder([_component(name, split.rows, mixing) for name, split in splits.items()], stages, train.loader_seed)
+    all_measured = all(split.measured for split in splits.values())
     wanted = train.num_train_steps * train.train_batch_size
-    _check_rows(order, wanted, train.num_train_steps)
+    if order.num_rows is not None and order.num_rows < wanted:
+        warnings += _used_up(config, order.num_rows, exact=all_measured)
     rows = order.planned_rows(wanted if order.num_rows is None else min(wanted, order.num_rows))
-    return tuple(
-        PlannedComponent(
-            component.name,
-            tokens=rows[component.name] * config.seq_len,
-            epochs=None if sources[component.name][0] is None else rows[component.name] / component.epoch_rows,
-            available=None if sources[component.name][0] is None else component.epoch_rows * config.seq_len,
-            measured=sources[component.name][1],
-        )
-        for component in components
+    exact = all_measured or not mixing.max_epochs
+    components = tuple(_planned(component, rows[component.name], splits[component.name], exact) for component in order.components)
+    return PlannedData(components, tuple(warnings))
+
+
+def _planned(component: Component, rows: int, split: _Train, exact: bool) -> PlannedComponent:
+    known = split.tokens is not None
+    return PlannedComponent(
+        component.name,
+        tokens=rows * split.row_tokens,
+        epochs=rows / component.epoch_rows if known else None,
+        available=min(component.epoch_rows * split.row_tokens, max(split.tokens or 0, 0)) if known else None,
+        # the rows of one dataset depend on the others only where one of them runs out
+        measured=split.measured and exact,
     )
 
 
-def _component(name: str, available: float | None, seq_len: int, mixing: Mixing) -> Component:
-    windows = _UNKNOWN_WINDOWS if available is None else max(int(available) // seq_len, 1)
-    simulated = mixing.simulated_epoching
-    kept = None
+def _component(name: str, windows: int, mixing: Mixing) -> Component:
+    simulated, kept = mixing.simulated_epoching, None
     if simulated is not None:
         kept = kept_windows(windows, simulated.experiment_tokens, simulated.target_tokens)
     return Component(name, windows, mixing.max_epochs.get(name), kept)
 
 
-def _check_rows(order: RowOrder, wanted: int, steps: int) -> None:
-    # an estimate can be wrong by a factor of two; what is off by more is a mistake
-    if order.num_rows is not None and 2 * order.num_rows < wanted:
+def _counted(step: Step, root: Path, seq_len: int, mixing: Mixing) -> _Train | None:
+    """The training split of a token store as the loader has it; None where the store is damaged, and will be made again.
+
+    Raises ValueError where it is no row, or its tail leaves nothing.
+    """
+    try:
+        store = TokenStore.open(step.directory(root))
+    except StoreError:
+        return None
+    split = with_tail(store.splits, mixing.holdout_tail.get(step.name, 0), f"dataset {step.name!r}").get("train")
+    least = seq_len + 1 if mixing.packing == "concat" else 1
+    if split is None or split.num_tokens < least:
         raise ValueError(
-            f"train.num_train_steps={steps} needs {wanted:,} rows, and with mixture.max_epochs every dataset is used up after about "
-            f"{order.num_rows:,}: raise max_epochs, add data, or lower num_train_steps to about {steps * order.num_rows // wanted}"
+            f"dataset {step.name!r} has {split.num_tokens if split else 0} training tokens, fewer than one row of seq_len + 1 = "
+            f"{seq_len + 1}; lower seq_len, add text to it, lower its holdout, or drop it from the mixture"
         )
+    if mixing.packing == "concat":
+        return _Train(Windows(split.num_tokens, seq_len).num_rows, seq_len, split.num_tokens, measured=True)
+    if split.num_documents > _PACKED_DOCUMENTS:
+        return _Train(max(split.num_tokens // seq_len, 1), seq_len, split.num_tokens, measured=False)
+    plan = BestFitPlan(split.document_lengths(), seq_len)
+    return _Train(plan.num_rows, plan.num_tokens / plan.num_rows, plan.num_tokens, measured=True)
+
+
+def _estimated(step: Step, tokenizer: Tokenizer, seq_len: int, mixing: Mixing, warnings: list[str]) -> _Train:
+    """The training split by the size of the source files; adds to `warnings` where by that it is too little."""
+    raw, own = step.upstream[0].config, step.config
+    if not isinstance(raw, RawFiles) or not isinstance(own, Tokenization) or (size := text_bytes(raw, own.reading)) is None:
+        return _Train(_UNKNOWN_WINDOWS, seq_len, None, measured=False)
+    all_tokens = size / bytes_per_token(tokenizer) * (1 - own.reading.holdout)
+    tokens = all_tokens - mixing.holdout_tail.get(step.name, 0)
+    about = f"dataset {step.name!r} has about {round(all_tokens):,} training tokens, estimated from the size of its files"
+    if tokens <= 0:
+        warnings.append(f"{about}: holdout_tail={mixing.holdout_tail[step.name]} would leave none to train on; lower it")
+    elif mixing.packing == "concat" and tokens < seq_len + 1:
+        warnings.append(
+            f"{about}: that is less than one row of seq_len + 1 = {seq_len + 1}, and would be refused; lower seq_len, add text to it, "
+            "lower its holdout, or drop it from the mixture"
+        )
+    count = max(int(tokens), 1)
+    rows = Windows(max(count, seq_len + 1), seq_len).num_rows if mixing.packing == "concat" else max(count // seq_len, 1)
+    return _Train(rows, seq_len, tokens, measured=False)
+
+
+def _used_up(config: RunConfig, num_rows: int, *, exact: bool) -> list[str]:
+    """The warning that the data ends before the last step. Raises ValueError where that is certain."""
+    steps, batch = config.train.num_train_steps, config.train.train_batch_size
+    ends = "ends" if exact else "would end"
+    about = "" if exact else "about "
+    message = (
+        f"train.num_train_steps={steps} needs {steps * batch:,} rows, and with mixture.max_epochs the data {ends} after {about}"
+        f"{num_rows:,}: raise max_epochs, add data, or lower num_train_steps to {about}{num_rows // batch}"
+    )
+    if exact:
+        raise ValueError(message)
+    return [f"{message}. That is estimated from the size of the files; it is counted when the tokens are there, and refused if so"]
+
+
+def _unseen_changes(steps: DataSteps) -> list[str]:
+    """What can change under a SeqIO task without a step being run again."""
+    registered = [(step.name, step.config) for step in steps.tokens if isinstance(step.config, RegisteredTask)]
+    lines = []
+    if unpinned := [name for name, config in registered if config.revision is None]:
+        lines.append(
+            f"{_named(unpinned)}: when the data that the SeqIO task reads changes, that is not seen, and tokens that are there are "
+            "used again; name the state of the data in dataset.revision, and change it with the data"
+        )
+    if lost := [name for name, config in registered if config.module is not None and config.module_digest is None]:
+        lines.append(f"{_named(lost)}: seqio_module is found nowhere on the import path, so changes in it are not seen; correct the name")
+    return lines
+
+
+def _named(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"dataset{'s' * (len(names) > 1)} {', '.join(map(repr, names[:3]))}{more}"
 
 
 def bytes_to_fetch(steps: DataSteps, root: Path) -> int:
     """Bytes of source files that the run has to copy or download, as far as servers tell or the dataset declares."""
     missing = [step.config for step in steps.downloads if not step.is_committed(root)]
-    return sum(_source_bytes(config) or 0 for config in missing if isinstance(config, RawFiles))
+    return sum(source_bytes(config) or 0 for config in missing if isinstance(config, RawFiles))
 
 
-def _source_bytes(config: RawFiles) -> int | None:
-    sizes = [file.bytes for file in config.files if file.bytes is not None]
-    return sum(sizes) if len(sizes) == len(config.files) else config.source_bytes
-
-
-def _available(step: Step, root: Path, mixing: Mixing) -> tuple[float | None, bool]:
-    """Training tokens of a dataset without its tail, None where nothing is known; and whether they were counted."""
-    tail = mixing.holdout_tail.get(step.name, 0)
-    manifest = read_manifest(step.directory(root))
-    if manifest is not None and manifest.fingerprint == step.fingerprint:
-        return manifest.stats["splits"].get("train", {}).get("tokens", 0) - tail, True
-    raw = step.upstream[0].config
-    if isinstance(raw, RawFiles) and (found := _source_bytes(raw)) is not None:
-        # compressed files hold several times their size
-        compressed = sum(file.name.endswith((".gz", ".zst", ".zstd", ".bz2", ".xz")) for file in raw.files)
-        return found * (4 if 2 * compressed > len(raw.files) else 1) / BYTES_PER_TOKEN - tail, False
-    return None, False
+def tokens_to_write(steps: DataSteps, root: Path, tokenizer: Tokenizer) -> int:
+    """About how many tokens the run has to write, of the datasets of whose files the size is known."""
+    total = 0.0
+    for step in steps.tokens:
+        raw, own = step.upstream[0].config, step.config
+        if isinstance(raw, RawFiles) and isinstance(own, Tokenization) and not step.is_committed(root):
+            total += (text_bytes(raw, own.reading) or 0) / bytes_per_token(tokenizer)
+    return int(total)

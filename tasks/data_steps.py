@@ -8,6 +8,7 @@ from typing import Any
 
 from model.config_base import Config, runtime
 from tasks.mixture_config import Dataset, Mixture, Reading, SimulatedEpoching
+from tasks.module_source import module_digest
 from tasks.sources import SourceFile, list_files
 from tasks.sources.local_files import is_local
 from tasks.steps import Step
@@ -27,10 +28,14 @@ class RawFiles(Config):
 
 
 class VocabularyTraining(Config):
-    """A vocabulary to train on the training documents of the upstream raw files, read as `readings` say, in their order."""
+    """A vocabulary to train on the training documents of the upstream raw files, read as `readings` say, in their order.
+
+    holdout_tails: about so many tokens at the end of each are held out; 0: none.
+    """
 
     training: SentencePieceTraining | BytePairTraining
     readings: tuple[Reading, ...]
+    holdout_tails: tuple[int, ...]
 
 
 class VocabularyFile(Config):
@@ -50,10 +55,14 @@ class Tokenization(Config):
 
 
 class RegisteredTask(Config):
-    """A task of SeqIO's registry to tokenize: upstream is the tokenizer, which must be the task's own."""
+    """A task of SeqIO's registry to tokenize: upstream is the tokenizer, which must be the task's own.
+
+    module_digest: of the module's source, and of what it imports from beside it, so that another preprocessor is another task.
+    """
 
     task: str
     module: str | None = None
+    module_digest: str | None = None
     revision: str | None = None
 
 
@@ -92,7 +101,9 @@ def mixture_steps(mixture: Mixture, execution: TokenizeConfig | None = None) -> 
     mixture = expanded(mixture)
     downloads = {dataset.name: _download_step(dataset) for dataset in mixture.datasets if dataset.has_files}
     tokenizer = _tokenizer_step(mixture, downloads)
-    tokens = tuple(_tokens_step(dataset, downloads, tokenizer, execution or TokenizeConfig()) for dataset in mixture.datasets)
+    modules = {dataset.seqio_module for dataset in mixture.datasets if dataset.seqio_module is not None}
+    digests = {module: module_digest(module) for module in modules}
+    tokens = tuple(_tokens_step(dataset, downloads, tokenizer, execution or TokenizeConfig(), digests) for dataset in mixture.datasets)
     config = Mixing(
         stages=mixture.shares(),
         packing=mixture.packing,
@@ -160,8 +171,13 @@ def _tokenizer_step(mixture: Mixture, downloads: dict[str, Step]) -> Step:
         return Step(
             kind="tokenizers",
             name=mixture.name,
-            config=VocabularyTraining(training=tokenizer, readings=tuple(dataset.reading for dataset in trained)),
+            config=VocabularyTraining(
+                training=tokenizer,
+                readings=tuple(dataset.reading for dataset in trained),
+                holdout_tails=tuple(mixture.holdout_tail.get(dataset.name, 0) for dataset in trained),
+            ),
             upstream=tuple(downloads[dataset.name] for dataset in trained),
+            code_version="2",
         )
     return Step(kind="tokenizers", name=mixture.name, config=vocabulary_file(tokenizer))
 
@@ -173,9 +189,12 @@ def vocabulary_file(tokenizer: TokenizerFile | ByteTokenizer) -> VocabularyFile:
     return VocabularyFile(url=None if tokenizer.sha256 else tokenizer.path, declared=tokenizer.identity(), tokenizer=tokenizer)
 
 
-def _tokens_step(dataset: Dataset, downloads: dict[str, Step], tokenizer: Step, execution: TokenizeConfig) -> Step:
+def _tokens_step(
+    dataset: Dataset, downloads: dict[str, Step], tokenizer: Step, execution: TokenizeConfig, digests: dict[str, str | None]
+) -> Step:
     if dataset.seqio_task is not None:
-        config = RegisteredTask(task=dataset.seqio_task, module=dataset.seqio_module, revision=dataset.revision)
+        module = dataset.seqio_module
+        config = RegisteredTask(task=dataset.seqio_task, module=module, module_digest=digests.get(module or ""), revision=dataset.revision)
         return Step(kind="tokens", name=dataset.name, config=config, upstream=(tokenizer,))
     if dataset.tfds is not None:
         return Step(kind="tokens", name=dataset.name, config=TfdsTask(name=dataset.tfds, reading=dataset.reading), upstream=(tokenizer,))

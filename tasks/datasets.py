@@ -114,11 +114,14 @@ def check_sources(mixture: Mixture) -> None:
     """Everything about the mixture's sources that can be known to fail before work starts. Reads one byte of each local file.
 
     Raises DataError naming the dataset or the tokenizer, the file and the remedy: a source that matches nothing, a file
-    that is empty or cannot be read, names that say test data, a tokenizer that is none or lacks EOS.
+    that is empty or cannot be read, a name that says test data or a format that is not read, a tokenizer that is none or lacks EOS.
     """
     for dataset in mixture.datasets:
         if dataset.has_files:
-            check_files(dataset, trained=mixture.is_trained(dataset.name))
+            from tasks.readers.text_reader import resolved_format  # its decoders are loaded where there are files
+
+            for name in check_files(dataset, trained=mixture.is_trained(dataset.name)):
+                resolved_format(name, dataset.reading)
         if dataset.tfds is not None:
             from tasks.seqio_bridge.seqio_names import check_tfds_name
 

@@ -19,7 +19,7 @@ from model.flops import num_parameters, train_flops_per_token
 from model.trackers import check_trackers
 from tasks.artifacts import check_writable, read_manifest
 from tasks.config import RunConfig, TrainingStep, beside_fields
-from tasks.data_plan import BYTES_PER_TOKEN, PlannedComponent, bytes_to_fetch, planned_components
+from tasks.data_plan import PlannedComponent, bytes_to_fetch, planned_data, tokens_to_write
 from tasks.datasets import check_sources
 from tasks.pipeline import label, matching, run_steps
 from tasks.steps import Step
@@ -56,6 +56,7 @@ class Plan:
     checkpoint_bytes: int
     components: tuple[PlannedComponent, ...]
     fetch_bytes: int  # source files to copy or download
+    warnings: tuple[str, ...]  # what may go wrong, by estimates or by what cannot be seen from here, a sentence each
 
     @property
     def forced(self) -> frozenset[str]:
@@ -90,13 +91,17 @@ def plan_run(config: RunConfig, root: str | Path, *, only: str | None = None, fo
     forced |= {step.fingerprint for step in steps if step.subdirectory_of is not None and step.subdirectory_of.fingerprint in forced}
     planned = tuple(_plan_step(step, Path(root), step in wanted, step.fingerprint in forced) for step in steps)
 
-    model = config.model.with_vocab(vocabulary_size(config.data.tokenizer))
+    vocab_size = vocabulary_size(config.data.tokenizer)
+    model = config.model.with_vocab(vocab_size)
     tokens_per_step = config.train.train_batch_size * config.seq_len
     total_flops = train_flops_per_token(model, config.seq_len) * tokens_per_step * config.train.num_train_steps
     devices = None if config.train.accelerator_type else local_device_count()
     fetch_bytes = bytes_to_fetch(run.data, Path(root))
     trains = any(planned_step.action == "run" and planned_step.step.kind == "checkpoints" for planned_step in planned)
-    _check_space(config, Path(root), checkpoint_bytes(config, model) if trains else 0, fetch_bytes)
+    id_bytes = 2 if vocab_size <= 1 << 16 else 4
+    token_bytes = tokens_to_write(run.data, Path(root), config.data.tokenizer) * id_bytes
+    space = _check_space(Path(root), checkpoint_bytes(config, model) if trains else 0, fetch_bytes, token_bytes)
+    data = planned_data(config, run.data, Path(root))
     return Plan(
         config=config,
         root=Path(root),
@@ -108,8 +113,9 @@ def plan_run(config: RunConfig, root: str | Path, *, only: str | None = None, fo
         batch=None if devices is None else BatchArithmetic.of(config.train, devices),
         seconds=None if devices is None else total_flops / (CPU_FLOPS_PER_CORE * usable_cores()),
         checkpoint_bytes=checkpoint_bytes(config, model),
-        components=planned_components(config, run.data, Path(root)),
+        components=data.components,
         fetch_bytes=fetch_bytes,
+        warnings=(*data.warnings, *space),
     )
 
 
@@ -135,16 +141,17 @@ def _existing_place(root: Path) -> Path:
     return next(path for path in (root, *root.parents) if path.exists())
 
 
-def _check_space(config: RunConfig, root: Path, checkpoints: int, fetch: int) -> None:
-    """Raises ValueError where the disk has less room than the run needs: checkpoints, source files, and tokens of two bytes or more."""
-    id_bytes = 2 if vocabulary_size(config.data.tokenizer) <= 1 << 16 else 4
-    tokens = int(fetch / BYTES_PER_TOKEN * id_bytes)
+def _check_space(root: Path, checkpoints: int, fetch: int, tokens: int) -> list[str]:
+    """Raises ValueError where the disk has less room than checkpoints and source files need; a warning where tokens may not fit too."""
     needed, free = checkpoints + fetch + tokens, shutil.disk_usage(_existing_place(root)).free
-    if free < needed:
-        raise ValueError(
-            f"--root={root} has {free:,} bytes free, this run needs about {needed:,}: {checkpoints:,} for checkpoints, {fetch:,} for "
-            f"source files, {tokens:,} for tokens; free some space, choose another --root, or lower train.max_checkpoints"
-        )
+    message = (
+        f"--root={root} has {free:,} bytes free, this run needs about {needed:,}: {checkpoints:,} for checkpoints, {fetch:,} for "
+        f"source files, {tokens:,} for tokens; free some space, choose another --root, or lower train.max_checkpoints"
+    )
+    if free < checkpoints + fetch:
+        raise ValueError(message)
+    # how many tokens there will be is only estimated
+    return [message] if free < needed else []
 
 
 def checkpoint_bytes(config: RunConfig, model: LlamaConfig) -> int:
@@ -217,6 +224,7 @@ def plan_lines(plan: Plan) -> list[str]:
         f"mesh: {mesh}, {train.compute_dtype} arithmetic, float32 weights",
         f"time: about {duration(plan.seconds)} of training on this machine" if plan.seconds else "time: depends on the accelerator",
         f"disk: up to {size(plan.checkpoint_bytes)} of checkpoints below {plan.root}",
+        *(f"warning: {warning}" for warning in plan.warnings),
     ]
 
 

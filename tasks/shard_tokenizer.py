@@ -21,15 +21,17 @@ from model.durable import write_durably
 from model.token_store import TokenStoreWriter
 from model.token_writer import ShardLedger, ShardWriter
 from model.vocabularies.accelerated_encoder import CheckedEncoder, EncoderMismatch
-from model.vocabularies.vocabulary import Vocabulary
+from model.vocabularies.vocabulary import TextTooLong, Vocabulary
 from tasks.mixture_config import Reading
 from tasks.readers.chat_template import UnusableConversation
 from tasks.readers.conversation import encode_answers
 from tasks.readers.text_reader import Skipped, read_documents, split_of
 from tasks.sources import DataError
 
-# Texts are handed to the encoder by so much: enough to fill its threads, little enough to bound memory with its results.
+# Texts are handed to the encoder by so many characters: enough to fill its threads, little enough to bound memory with its
+# results. Each text counts for some more, since a text and its ids are objects, however short.
 BATCH_BYTES = 4 << 20
+_TEXT_BYTES = 64
 SKIPPED = "skipped"  # below the store: where bad documents are, a file a shard
 _loading = threading.Lock()
 
@@ -69,7 +71,7 @@ class ShardResult(Config):
 
 
 class Stopped(Exception):
-    """Told to stop between two batches; the shard is not committed."""
+    """Told to stop while reading; the shard is not committed."""
 
 
 def splits_of(reading: Reading) -> tuple[str, ...]:
@@ -128,21 +130,23 @@ def _write(
     job: ShardJob,
     stopping: Callable[[], bool],
 ) -> ShardResult:
+    def look() -> None:
+        if stopping():
+            raise Stopped
+
     skipped = Skipped()
     with ExitStack() as stack:
         shards = {split: stack.enter_context(writer.shard(split, job.shard, job.of, job.key)) for split in splits_of(spec.reading)}
         batches = {split: _Batch(shard, vocabulary, encoder, spec.reading) for split, shard in shards.items()}
         for path in job.files:
-            for number, text in enumerate(read_documents(path, spec.reading, skipped), start=1):
+            for number, text in enumerate(read_documents(path, spec.reading, skipped, look), start=1):
                 try:
-                    written = batches[split_of(text, spec.reading.holdout)].add(text)
-                except UnusableConversation as error:
+                    batches[split_of(text, spec.reading.holdout)].add(text)
+                except (UnusableConversation, TextTooLong) as error:
+                    place = f"{path} {'document' if spec.reading.answers is None else 'conversation'} {number}"
                     if spec.reading.on_bad_document == "fail":
-                        raise DataError(f"{path} conversation {number}: {error}, or set on_bad_document='skip'") from None
-                    skipped.note("unusable", f"{path} conversation {number}")
-                    continue
-                if written and stopping():
-                    raise Stopped
+                        raise DataError(f"{place} (it begins with {text[:40]!r}): {error}, or set on_bad_document='skip'") from None
+                    skipped.note("too_long" if isinstance(error, TextTooLong) else "unusable", place)
         for batch in batches.values():
             batch.flush()
         # every document is read once, so what is skipped is counted once
@@ -171,18 +175,17 @@ class _Batch:
         self._texts: list[str] = []
         self._characters = 0
 
-    def add(self, text: str) -> bool:
-        """Takes a document; whether a batch was written. Raises UnusableConversation for one that cannot be rendered."""
-        self._characters += len(text)
+    def add(self, text: str) -> None:
+        """Takes a document. Raises UnusableConversation for one that cannot be rendered, TextTooLong for one that cannot be encoded."""
+        self._characters += len(text) + _TEXT_BYTES
         if self._answers is not None:
             ids, mask = encode_answers(text, self._answers, self._vocabulary)
             self._shard.add(ids, len(text.encode()), mask)
         else:
+            self._vocabulary.check_length(text)
             self._texts.append(text)
-        if self._characters < BATCH_BYTES:
-            return False
-        self.flush()
-        return True
+        if self._characters >= BATCH_BYTES:
+            self.flush()
 
     def flush(self) -> None:
         """Encodes and writes what is there."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
@@ -17,24 +18,27 @@ from model.vocabularies.huggingface_vocabulary import HuggingFaceVocabulary
 from model.vocabularies.sentencepiece_vocabulary import SentencePieceVocabulary
 from model.vocabularies.vocabulary import FILES, Vocabulary
 from tasks.artifacts import Artifact
-from tasks.caching import step_task
+from tasks.caching import run_logger, step_task
 from tasks.data_steps import RawFiles, VocabularyFile, VocabularyTraining
 from tasks.download import naming_originals, raw_files
-from tasks.mixture_config import Reading
-from tasks.readers.text_reader import read_documents, split_of
 from tasks.sources.local_files import is_local
 from tasks.sources.source_file import DataError
 from tasks.steps import Step
-from tasks.vocabularies import BytePairTraining, ByteTokenizer, SentencePieceTraining, TokenizerFile
+from tasks.vocabularies import BytePairTraining, ByteTokenizer, SentencePieceTraining, TokenizerFile, TokenizerTraining
 from tasks.vocabulary_file import open_tokenizer
+from tasks.vocabulary_text import SENTENCE_CHARACTERS, TextSource, handed_over, tails_are_left_out, training_sentences, within_budget
 
 MODEL = FILES["sentencepiece"]
 LISTING = "tokenizer.vocab"
 # Llama 3's, with their ids after all others
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 
-# SentencePiece leaves out longer training sentences in silence, so documents are handed over in pieces below it.
-_SENTENCE_CHARACTERS = 1 << 16
+# How many characters the different words of a training text may have. Measured: a character takes SentencePiece 55 bytes, whatever
+# the model, and the trainer of byte pairs 100; with these, training on random words stays at 500 MB in all.
+_SENTENCEPIECE_CHARACTERS = 6_000_000
+_BYTE_PAIR_CHARACTERS = 3_500_000
+# About what Llama 3's pattern cuts text into.
+_PARTS = re.compile(r"[^\W\d_]+|\d{1,3}|[^\w\s]+|_+")
 
 
 def train_vocabulary_body(step: Step, directory: Path, inputs: tuple[Artifact, ...]) -> dict[str, Any]:
@@ -58,60 +62,47 @@ def train_vocabulary_body(step: Step, directory: Path, inputs: tuple[Artifact, .
 
 
 def _trained(config: VocabularyTraining, step: Step, directory: Path, inputs: tuple[Artifact, ...]) -> Vocabulary:
-    sources: list[tuple[list[Path], Reading]] = []
+    sources: list[TextSource] = []
+    budget = config.training.max_training_bytes
     with ExitStack() as stack:
-        for raw, upstream, reading in zip(inputs, step.upstream, config.readings, strict=True):
+        for raw, upstream, reading, tail in zip(inputs, step.upstream, config.readings, config.holdout_tails, strict=True):
             assert isinstance(upstream.config, RawFiles)
             files = raw_files(Path(raw.path), upstream.config)
-            sources.append((files, reading))
+            sources.append(TextSource(upstream.name, files, reading, tail))
             stack.enter_context(naming_originals(files, upstream.config))
-        sentences = training_sentences(sources, config.training.max_training_bytes)
-        if (first := next(sentences, None)) is None:
-            raise DataError(f"mixture {step.name!r}: its files hold no training document, only empty or held-out ones; add text")
-        text = chain([first], sentences)
-        if isinstance(config.training, SentencePieceTraining):
-            path = directory / FILES["sentencepiece"]
-            write_durably(path, train_sentencepiece(config.training, text))
-            return SentencePieceVocabulary.from_file(path)
-        path = directory / FILES["huggingface"]
-        write_durably(path, train_byte_pairs(config.training, text))
-        return HuggingFaceVocabulary.from_file(path, bos_token=BOS, eos_token=EOS)
+        while True:
+            sentences = training_sentences(sources, budget)
+            if (first := next(sentences, None)) is None:
+                raise DataError(f"mixture {step.name!r}: its files hold no training document, only empty or held-out ones; add text")
+            vocabulary = _train(config.training, directory, chain([first], sentences))
+            if tails_are_left_out(sources, vocabulary, budget):
+                return vocabulary
+            run_logger().info("%s: training the vocabulary again, with more text left out for the held-out tails", step.name)
 
 
-def training_sentences(sources: list[tuple[list[Path], Reading]], max_bytes: int) -> Iterator[str]:
-    """Training documents of each source in order, in pieces, up to an equal part of `max_bytes` from each.
-
-    Of questions and answers, what is said, without the JSON around it.
-    """
-    for files, reading in sources:
-        left = max_bytes // len(sources)
-        for document in (document for path in files for document in read_documents(path, reading)):
-            if split_of(document, reading.holdout) != "train":
-                continue
-            for text in [document] if reading.answers is None else _said(document):
-                left -= len(text.encode())
-                yield from (text[start : start + _SENTENCE_CHARACTERS] for start in range(0, len(text), _SENTENCE_CHARACTERS))
-            if left <= 0:
-                break
+def _train(training: TokenizerTraining, directory: Path, sentences: Iterable[str]) -> Vocabulary:
+    if isinstance(training, SentencePieceTraining):
+        path = directory / FILES["sentencepiece"]
+        write_durably(path, train_sentencepiece(training, sentences))
+        return SentencePieceVocabulary.from_file(path)
+    path = directory / FILES["huggingface"]
+    write_durably(path, train_byte_pairs(training, sentences))
+    return HuggingFaceVocabulary.from_file(path, bos_token=BOS, eos_token=EOS)
 
 
-def _said(document: str) -> list[str]:
-    """The texts of a conversation, or of a prompt and its completion."""
-    value = json.loads(document)
-    return [value["prompt"], value["completion"]] if isinstance(value, dict) else [message["content"] for message in value]
-
-
-def train_sentencepiece(training: SentencePieceTraining, sentences: Iterator[str]) -> bytes:
+def train_sentencepiece(training: SentencePieceTraining, sentences: Iterable[str]) -> bytes:
     """The serialized model: ids unk 0, bos 1, eos 2, no pad, as Llama has them; text is kept exactly, spaces and all.
 
-    Raises DataError naming vocab_size where the text has not enough different pieces for it.
+    Of text with more different words than fit into about 500 MB, an even sample is trained on.
+    Raises DataError naming vocab_size where the text has not enough different pieces for it, and what `sentences` raises.
     """
     import sentencepiece
 
+    text = _sampled(sentences, _words, _SENTENCEPIECE_CHARACTERS)
     writer = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=sentences,
+            sentence_iterator=handed_over(text),
             model_writer=writer,
             vocab_size=training.vocab_size,
             model_type=training.model_type,
@@ -128,7 +119,7 @@ def train_sentencepiece(training: SentencePieceTraining, sentences: Iterator[str
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             split_digits=True,
-            max_sentence_length=8 * _SENTENCE_CHARACTERS,
+            max_sentence_length=8 * SENTENCE_CHARACTERS,
             minloglevel=2,
         )
     except RuntimeError as error:
@@ -138,10 +129,11 @@ def train_sentencepiece(training: SentencePieceTraining, sentences: Iterator[str
     return writer.getvalue()
 
 
-def train_byte_pairs(training: BytePairTraining, sentences: Iterator[str]) -> bytes:
+def train_byte_pairs(training: BytePairTraining, sentences: Iterable[str]) -> bytes:
     """A tokenizer.json laid out as Llama 3's: the 256 bytes, then what they are joined to in that order, then BOS and EOS.
 
     The library's counts are whole numbers and its ties are broken by id, so that any number of threads trains the same.
+    Of text with more different words than fit into about 500 MB, an even sample is trained on.
     Raises DataError naming vocab_size where the text has not enough pairs for it, or pattern where that is none.
     """
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
@@ -157,7 +149,7 @@ def train_byte_pairs(training: BytePairTraining, sentences: Iterator[str]) -> by
     trainer = trainers.BpeTrainer(
         vocab_size=training.vocab_size - len(special), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    tokenizer.train_from_iterator(sentences, trainer)
+    tokenizer.train_from_iterator(handed_over(_sampled(sentences, _PARTS.findall, _BYTE_PAIR_CHARACTERS)), trainer)
     pairs = byte_pairs_of(json.loads(tokenizer.to_str()))
     assert pairs is not None
     if (found := len(pairs.ranks) + len(special)) < training.vocab_size:
@@ -166,6 +158,22 @@ def train_byte_pairs(training: BytePairTraining, sentences: Iterator[str]) -> by
         )
     content = tokenizer_json(BytePairs(pairs.ranks, training.pattern), special, bos=BOS)
     return json.dumps(content, ensure_ascii=False, indent=1).encode() + b"\n"
+
+
+def _sampled(sentences: Iterable[str], words: Callable[[str], Iterable[str]], max_characters: int) -> deque[str]:
+    text, share = within_budget(sentences, words, max_characters)
+    if share < 1:
+        run_logger().warning(
+            "the text to train the vocabulary on has more different words than memory is planned for (%s characters in all): it is trained "
+            "on an even sample of about %.0f %% of the text",
+            f"{max_characters:,}", 100 * share,
+        )  # fmt: skip
+    return text
+
+
+def _words(sentence: str) -> list[str]:
+    """What SentencePiece counts words by: it cuts at spaces, and nowhere else."""
+    return sentence.split(" ")
 
 
 def _remedy(message: str) -> str:

@@ -1,8 +1,12 @@
-"""Looks into tokenizers at plan time: do they load, how many ids have they, which are BOS and EOS. Downloads nothing."""
+"""Looks into tokenizers at plan time: do they load, how many ids have they, which are BOS and EOS. Downloads nothing.
+
+A plan asks several times, and a large tokenizer.json takes a second to read: what was opened is remembered until a file changes.
+"""
 
 from __future__ import annotations
 
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +26,10 @@ from tasks.vocabularies import (
 
 # hf://org/name@commit/file and the like: what is pinned needs no digest; a branch is not, it moves
 _PINNED = re.compile(r"hf://[^@]+@[0-9a-f]{40}/", re.IGNORECASE)
+# A file changed again within the clock tick of its timestamp keeps that timestamp: what is too young is not remembered.
+_SETTLED_NANOSECONDS = 2_000_000_000
+_MOST_REMEMBERED = 8
+_remembered: dict[tuple[object, ...], Vocabulary] = {}
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,7 @@ def inspect_tokenizer(tokenizer: TokenizerFile | ByteTokenizer) -> VocabularyInf
     """
     if not isinstance(tokenizer, ByteTokenizer) and not is_local(tokenizer.path):
         return _declared(tokenizer)
-    vocabulary = open_tokenizer(tokenizer)
+    vocabulary = _remembered_tokenizer(tokenizer)
     return VocabularyInfo(
         digest=vocabulary.digest,
         vocab_size=vocabulary.vocab_size,
@@ -87,13 +95,39 @@ def open_tokenizer(tokenizer: TokenizerFile | ByteTokenizer, path: Path | None =
     return vocabulary
 
 
+def _remembered_tokenizer(tokenizer: TokenizerFile | ByteTokenizer) -> Vocabulary:
+    """`open_tokenizer`, once for the same configuration while its file, and tokenizer_config.json beside it, stay as they are."""
+    if isinstance(tokenizer, ByteTokenizer):
+        return open_tokenizer(tokenizer)
+    file = local_path(tokenizer.path)
+    states = [_state(path) for path in (file, file.with_name("tokenizer_config.json"))]
+    key = (tokenizer.model_dump_json(), str(file), *states)
+    if (known := _remembered.get(key)) is not None:
+        return known
+    vocabulary = open_tokenizer(tokenizer)
+    if all(state is None or time.time_ns() - state[1] > _SETTLED_NANOSECONDS for state in states):
+        while len(_remembered) >= _MOST_REMEMBERED:
+            _remembered.pop(next(iter(_remembered)))
+        _remembered[key] = vocabulary
+    return vocabulary
+
+
+def _state(path: Path) -> tuple[int, int, int, int] | None:
+    """What changes when a file does: its size, times (of its content first) and inode. None where it cannot be looked at."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
 def not_exportable(tokenizer: Tokenizer) -> str | None:
     """Why a model with this tokenizer cannot be exported for transformers, or None where it can or that is not known yet."""
     if not isinstance(tokenizer, SentencePieceFile) or not is_local(tokenizer.path):
         return None
     from model.hf_tokenizer import exportable
 
-    return exportable(open_tokenizer(tokenizer))
+    return exportable(_remembered_tokenizer(tokenizer))
 
 
 def _open(tokenizer: TokenizerFile, file: Path) -> Vocabulary:

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 
 import hypothesis
+import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
@@ -19,3 +20,11 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 # a loaded machine must not fail a test, and two runs must test the same
 hypothesis.settings.register_profile("untimed", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("untimed")
+
+# Two processes take file after file: the long ones first, so that neither is left with one at the end.
+LONGEST_FIRST = ("test_main_job.py", "test_trainer.py", "test_deployment.py", "test_train_step.py", "test_partitioning.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Orders the files; the tests of one file stay together and in their order."""
+    items.sort(key=lambda item: LONGEST_FIRST.index(item.path.name) if item.path.name in LONGEST_FIRST else len(LONGEST_FIRST))

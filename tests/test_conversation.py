@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.vocabularies.byte_pairs import LLAMA3_PATTERN
+from model.vocabularies.vocabulary import TextTooLong
 from tasks.mixture_config import Chat, PromptCompletion
 from tasks.readers.chat_template import UnusableConversation, check_template
 from tasks.readers.conversation import encode_answers
@@ -26,6 +27,10 @@ class Characters:
 
     def encode(self, text: str, /) -> np.ndarray:
         return np.array([ord(sign) + 100 for sign in text], np.uint32)
+
+    def check_length(self, text: str, /) -> None:
+        if len(text) > 100_000:
+            raise TextTooLong("too long")
 
     def shown(self, ids: np.ndarray, mask: np.ndarray) -> list[tuple[str, bool]]:
         """Runs of equal mask as text, ids of control tokens as <1>."""
@@ -50,6 +55,12 @@ CHATML_TEMPLATE = """{{ bos_token }}
         {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
     {%- endif %}
 {%- endfor %}"""
+
+
+def test_a_part_that_cannot_be_encoded_is_refused() -> None:
+    document = json.dumps({"completion": "b" * 100_001, "prompt": "a"})
+    with pytest.raises(TextTooLong):
+        encode_answers(document, PromptCompletion(), CHATML)
 
 
 def turns(*pairs: tuple[str, str]) -> str:
@@ -266,6 +277,9 @@ def test_ids_and_mask_are_those_of_transformers(template: str) -> None:
 
         def encode(self, text: str, /) -> np.ndarray:
             return np.array(fast.encode(text, add_special_tokens=False), np.int64)
+
+        def check_length(self, text: str, /) -> None:
+            pass
 
     for conversation in conversations:
         messages = [{"role": role, "content": content} for role, content in conversation]

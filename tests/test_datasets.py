@@ -159,3 +159,12 @@ def test_declaring_data_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_format_that_is_not_read_is_refused_before_the_download(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text\nhello\n")
+    table = Dataset(name="web", source=str(tmp_path / "*.csv"))
+    with pytest.raises(DataError, match=r"a\.csv: its name ends with \.csv.*set format='txt'"):
+        check_sources(Mixture(name="mix", datasets=(table,), weights={"web": 1.0}))
+    as_text = table.model_copy(update={"format": "txt"})
+    check_sources(Mixture(name="mix", datasets=(as_text,), weights={"web": 1.0}))

@@ -263,3 +263,15 @@ def test_a_footer_that_claims_too_much_is_refused(path: Path) -> None:
     path.write_bytes(b"PAR1" + b"\0" * 100 + (1 << 30).to_bytes(4, "little") + b"PAR1")
     with pytest.raises(DataError, match="a footer of 1,073,741,824 bytes"):
         read(path)
+
+
+def test_it_can_be_told_to_end_between_rows(tmp_path: Path) -> None:
+    path = tmp_path / "nulls.parquet"
+    pq.write_table(pa.table({"text": pa.array([None] * 20_000, pa.string())}), path)
+    looked: list[int] = []
+    skipped: Counter[str] = Counter()
+    reading = Reading(on_bad_document="skip")
+    assert list(read_documents(path, reading, skipped, lambda: looked.append(skipped["null"]))) == []
+    assert skipped == {"null": 20_000}
+    assert looked[0] == 0
+    assert len([number for number in looked if 0 < number < 20_000]) > 10

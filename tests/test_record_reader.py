@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from tasks.mixture_config import Reading
 from tasks.readers import json_values
 from tasks.readers.json_values import JsonValue
-from tasks.readers.line_blocks import BadDocument
-from tasks.readers.text_reader import read_documents
+from tasks.readers.line_blocks import BadDocument, Block, line_blocks
+from tasks.readers.text_reader import Skipped, read_documents
 from tasks.sources import DataError
 
 CHAT = {"answers": {"kind": "chat"}}
@@ -232,3 +232,24 @@ def test_any_bytes_are_read_or_counted(tmp_path_factory: pytest.TempPathFactory,
         assert skip(path, b"".join(parts), max_document_bytes=60) == whole
     assert set(whole[0]) <= {"a"}
     assert set(whole[1]) <= {"bad_json", "missing_key", "undecodable", "too_long", "damaged", "empty", "not_text"}
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "reason"),
+    [("a.jsonl", b"1\n", "missing_key"), ("a.jsonl", b"\xff\n", "undecodable"), ("a.txt", b"\xff\n", "undecodable")],
+)
+def test_as_many_bad_lines_as_there_can_be(name: str, line: bytes, reason: str, tmp_path: Path) -> None:
+    # with places found from the block's start each time, it would not end
+    path = tmp_path / name
+    path.write_bytes(line * 300_000)
+    skipped = Skipped()
+    assert list(read_documents(path, Reading(document="line", on_bad_document="skip"), skipped)) == []
+    assert skipped == {reason: 300_000}
+    assert skipped.places[99] == f"{path} line 100 (byte 198): {reason}"
+    with path.open("rb") as stream:
+        blocks = [block for block in line_blocks(stream, path, 1 << 20) if isinstance(block, Block)]
+    assert len(blocks) > 1
+    assert [blocks[-1].place(index) for index in (0, 1)] == [
+        (blocks[-1].line, blocks[-1].offset),
+        (blocks[-1].line + 1, blocks[-1].offset + 2),
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from fractions import Fraction
 
@@ -156,6 +157,37 @@ def test_a_component_that_is_used_up_leaves_its_share_to_the_others() -> None:
     assert schedule.due(10_000) == (5_000, 3_000, 2_000)
     assert schedule.due(10_700) == (5_500, 3_000, 2_200)
     assert schedule.block(100 * BLOCK).before[1:] == (3_000, 10_001)
+
+
+def test_until_a_component_is_used_up_its_share_holds_and_afterwards_the_others() -> None:
+    schedule = made({"a": 0.6, "b": 0.4}, limits={"a": 20})
+    # 20 rows at 0.6 are used up at row 33 1/3
+    assert schedule.block(0) == Block(0, 34, (0, 0), (20, 14))
+    assert schedule.block(34) == Block(34, BLOCK, (20, 14), (20, BLOCK - 20))
+    # in turn, in one block: a at row 100, b after 140 more of which half are its own, and c has the rest
+    schedule = made({"a": 5, "b": 3, "c": 2}, limits={"a": 50, "b": 114})
+    assert [(block.start, block.stop) for block in blocks(schedule, 0, 4)] == [(0, 100), (100, 240), (240, BLOCK), (BLOCK, 2 * BLOCK)]
+    assert schedule.block(0).after == (50, 30, 20)
+    assert schedule.block(100).after == (50, 114, 76)
+
+
+def test_a_component_that_is_used_up_at_a_border_makes_no_long_block() -> None:
+    schedule = made({"a": 0.5, "b": 0.5}, limits={"a": 50 * BLOCK})
+    assert largest_error(schedule, 0, 120, [50 * BLOCK, None]) == 0
+    assert schedule.block(100 * BLOCK).before == (50 * BLOCK, 50 * BLOCK)
+
+
+def test_counts_stay_near_what_is_due_where_components_are_used_up() -> None:
+    for case in range(60):
+        draws = hash64(21, case, np.arange(2 + case % 12)) / 2.0**64
+        weights = {f"c{index:02}": float(10 ** (-4 * draw)) for index, draw in enumerate(draws)}
+        limits = [int(1 + 10 ** (4 * draw)) for draw in hash64(22, case, np.arange(len(weights))) / 2.0**64]
+        schedule = made(weights, weights, rows=(777,), limits=dict(zip(weights, limits, strict=True)))
+        assert schedule.num_rows == sum(limits)
+        assert largest_error(schedule, 0, 10**6, [*limits]) <= 1
+        found = {block.stop: block.after for block in blocks(schedule, 0, 10**6)}
+        for row in map(math.ceil, schedule._shares.used_up):
+            assert max(abs(float(count - due)) for count, due in zip(found[row], schedule.due(row), strict=True)) < 1
 
 
 def test_a_mixture_ends_when_every_component_is_used_up() -> None:

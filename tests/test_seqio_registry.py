@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -164,3 +165,35 @@ def test_what_cannot_be_trained_on_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="SeqIO only mixes tasks with the same features"):
         add_mixture("unequal", {"plain_lines": 1, "pairs": 1})
     seqio.TaskRegistry.remove("pairs")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("x = 1\nraise KeyError('gone')\n", r"at .*/broken_tasks\.py:2: KeyError: 'gone'; correct the module"),
+        ("x = (\n", r"at .*/broken_tasks\.py:1: SyntaxError: "),
+        ("import json\njson.loads('{')\n", r"at .*/broken_tasks\.py:2 \(raised at .*/json/decoder\.py:\d+\): JSONDecodeError: "),
+        ("import sys\nsys.exit(3)\n", r"at .*/broken_tasks\.py:2: SystemExit: 3; correct"),
+    ],
+)
+def test_a_module_that_fails_is_named_with_the_place(source: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_tasks.py").write_text(source, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "broken_tasks", raising=False)
+    with pytest.raises(DataError, match=rf"^seqio_module='broken_tasks' fails when it is imported, {message}"):
+        registered_task("plain_lines", "broken_tasks")
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "huggingface"])
+def test_texts_that_cannot_be_encoded_in_bounded_memory_are_left_out_here_too(kind: str, tmp_path: Path) -> None:
+    tokenizer = tokenizer_directory(tmp_path, kind)
+    path = lines(tmp_path / "a.txt", "before", "l" * (5 << 20), "words " * 30_000, "after")
+    task: Any = add_task("long", [path], Reading(document="line", on_bad_document="skip"), tokenizer)
+    found = ids_of(task)
+    vocabulary = Vocabulary.open(tokenizer)
+    assert [ids[1:-1] for ids in found] == [vocabulary.encode(text).tolist() for text in ("before", "words " * 30_000, "after")]
+    assert task.source.skipped == {"too_long": 1}
+    task = add_task("long", [path], Reading(document="line"), tokenizer)
+    with pytest.raises(Exception, match="at once, since cutting them could change their ids"):
+        ids_of(task)
+    assert isinstance(task.source.failure, DataError)

@@ -116,6 +116,19 @@ def test_file_names_that_leave_their_directory_or_hide_in_it_are_refused(name: s
         check_file_name(name)
 
 
+def test_a_file_name_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    place = os.fsencode(tmp_path) + b"/a\xff.jsonl"
+    try:
+        with open(place, "wb") as file:  # a name in bytes
+            file.write(b"{}")
+    except OSError:
+        pytest.skip("this file system has no such names")
+    with pytest.raises(
+        DataError, match=r"^dataset 'web': source file name 'a\\udcff\.jsonl' is not UTF-8; rename the file, or leave it out"
+    ):
+        list_files(dataset(tmp_path / "*"))
+
+
 def test_links_that_leave_the_root_are_refused_unless_allowed(tmp_path: Path) -> None:
     base, outside = corpus(tmp_path / "x"), corpus(tmp_path / "outside")
     (base / "secret.txt").symlink_to(outside / "a.txt")
@@ -164,7 +177,20 @@ def test_links_inside_the_root_are_fine_and_loops_end(tmp_path: Path) -> None:
         ("x.valid.txt", "valid"),
         ("latest.txt", None),
         ("contest-values.txt", None),
-        ("evaluation.txt", None),
+        ("evaluation.txt", "evaluation"),
+        ("held-out.txt", "held-out"),
+        ("dev.txt", "dev"),
+        ("dev-00000-of-00001.txt", "dev"),
+        ("newstest.dev.txt", "dev"),
+        ("testset.txt", "testset"),
+        ("eval_data.txt", "eval_data"),
+        ("validate.txt", "validate"),
+        ("evals/a.txt", "evals"),
+        ("dev/a.txt", "dev"),
+        ("testdata/a.txt", "testdata"),
+        ("validation-split/a.txt", "validation-split"),
+        *((f"{name}.txt", None) for name in ("develop", "device", "dev_to_articles", "dev-tools", "attestation", "testament", "validated")),
+        *((f"{name}/a.txt", None) for name in ("developers", "dev-docs", "evaluators", "contests", "retrieval", "valley")),
         ("train-00000-of-00001.txt", None),
         ("Tests.txt", "Tests"),
         ("held_out.txt", "held_out"),
@@ -186,13 +212,19 @@ def test_names_of_held_out_data_are_refused_for_training(tmp_path: Path, name: s
 
 @pytest.mark.parametrize("pattern", ["*.txt", "part-0.txt"])
 def test_a_directory_of_held_out_data_is_refused_too_but_none_further_up(tmp_path: Path, pattern: str) -> None:
-    for directory in ("validation", "test/corpus"):
+    held_out = ("validation", "evals", "dev", "held-out", "testdata", "validation-split", "test_set")
+    for directory in (*held_out, "test/corpus", "test/dev-docs", "my-test-project"):
         path = tmp_path / directory / "part-0.txt"
         path.parent.mkdir(parents=True)
         path.write_text("text\n", encoding="utf-8")
-    with pytest.raises(DataError, match=r"has 'validation' in its name"):
-        check_files(dataset(tmp_path / "validation" / pattern), trained=True)
-    check_files(dataset(tmp_path / "test" / "corpus" / pattern), trained=True)
+    for directory in held_out:
+        with pytest.raises(DataError, match=rf"has '{directory}' in its name"):
+            check_files(dataset(tmp_path / directory / pattern), trained=True)
+    for directory in ("test/corpus", "test/dev-docs", "my-test-project"):
+        check_files(dataset(tmp_path / directory / pattern), trained=True)
+    # the directory of the glob, however deep the file
+    with pytest.raises(DataError, match=r"has 'test' in its name"):
+        check_files(dataset(tmp_path / "test" / "**" / pattern), trained=True)
 
 
 def test_digests_of_large_files_are_remembered_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

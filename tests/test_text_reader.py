@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import tracemalloc
 from collections import Counter
@@ -226,10 +227,52 @@ def _documents_found_simply(content: bytes, document: str, limit: int) -> list[s
         ("jsonl", {}, "txt"),
         ("a.jsonl", {"format": "txt"}, "txt"),
         ("a.gz", {"format": "jsonl"}, "jsonl"),
+        ("a.csv", {"format": "txt"}, "txt"),
+        ("a.bin.zst", {"format": "jsonl"}, "jsonl"),
+        ("a.html", {}, "txt"),
+        ("v1.2", {}, "txt"),
     ],
 )
 def test_the_format_is_what_the_name_says_unless_it_is_given(name: str, fields: dict[str, str], kind: str) -> None:
     assert resolved_format(name, Reading.model_validate(fields)) == kind
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.TSV.gz", "a.tar.gz", "a.tgz", "a.arrow", "a.h5", "a.pkl", "x/a.pdf", "a.docx", "a.jsonl.lz4"])
+def test_names_that_say_something_else_are_refused_unless_a_format_is_set(name: str) -> None:
+    with pytest.raises(
+        DataError, match=rf"{name}: its name ends with \.\w+, .* not read; convert it to jsonl or parquet, .* set format='txt'"
+    ):
+        resolved_format(name, Reading())
+
+
+def test_the_header_of_a_table_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("text\nhello\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"ends with \.csv, a table, which is not read"):
+        list(read_documents(path, Reading(on_bad_document="skip")))
+    assert list(read_documents(path, Reading(format="txt"))) == ["text\nhello\n"]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_it_can_be_told_to_end_while_it_only_skips(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.jsonl{suffix}"
+    content = b'{"text": null}\n' * 200_000
+    path.write_bytes(gzip.compress(content, 1) if suffix else content)
+    looked: list[int] = []
+
+    def look() -> None:
+        looked.append(sum(skipped.values()))
+        if looked[-1]:
+            raise InterruptedByTest
+
+    skipped: Counter[str] = Counter()
+    with pytest.raises(InterruptedByTest):
+        list(read_documents(path, Reading(on_bad_document="skip"), skipped, look))
+    assert 0 < looked[-1] < 100_000
+
+
+class InterruptedByTest(Exception):
+    """What ends the reading."""
 
 
 def test_names_that_allow_no_reading_are_refused() -> None:

@@ -16,11 +16,13 @@ from sentencepiece import SentencePieceProcessor
 
 from model.token_store import TokenStore
 from model.token_writer import TokenStoreWriter
+from model.vocabularies.accelerated_encoder import CheckedEncoder
+from model.vocabularies.vocabulary import Vocabulary
 from tasks import shard_tokenizer, tokenization
 from tasks.artifacts import commit
 from tasks.children import ChildFailed, ChildStopped, allow_children, stop_children
 from tasks.data_steps import Tokenization, mixture_steps
-from tasks.datasets import DataError
+from tasks.datasets import ByteTokenizer, DataError
 from tasks.readers.text_reader import split_of
 from tasks.tokenization import shard_jobs, tokenize_body
 from tasks.tokenize_config import TokenizeConfig
@@ -132,6 +134,51 @@ def test_told_to_stop_it_stops_between_shards_and_keeps_the_finished_ones(
         allow_children()
     assert (tmp_path / "train" / "shard-00000-of-00003" / "shard.json").exists()
     assert not (tmp_path / "train" / "shard-00002-of-00003").exists()
+
+
+def test_told_to_stop_it_stops_while_it_only_skips(tmp_path: Path) -> None:
+    made = SmallRun(tmp_path / "root", {"a.jsonl": ['{"text": null}'] * 60_000}, format="jsonl", on_bad_document="skip")
+    looks = iter([False, False, False])
+    with pytest.raises(shard_tokenizer.Stopped):
+        shard_tokenizer.write_shard(*spec_and_job(made, tmp_path), lambda: next(looks, True))
+    assert not list(tmp_path.glob("store/train/*/shard.json"))
+
+
+def test_a_batch_has_a_bounded_number_of_texts_however_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = SmallRun(tmp_path / "root", {"a.txt": ["x"] * 150_000}, tokenizer=ByteTokenizer(), holdout=0)
+    sizes: list[int] = []
+    real = CheckedEncoder.encode_batch
+    monkeypatch.setattr(CheckedEncoder, "encode_batch", lambda encoder, texts: sizes.append(len(texts)) or real(encoder, texts))
+    result = shard_tokenizer.write_shard(*spec_and_job(made, tmp_path))
+    assert (sum(sizes), result.documents) == (150_000, 150_000)
+    assert max(sizes) <= 1 << 16
+
+
+def test_a_text_that_cannot_be_encoded_in_bounded_memory_is_bad(tmp_path: Path) -> None:
+    lines = ["before", "l" * (5 << 20), "after"]
+    made = SmallRun(tmp_path / "root", {"a.txt": lines}, holdout=0, on_bad_document="skip")
+    result = shard_tokenizer.write_shard(*spec_and_job(made, tmp_path))
+    assert (result.documents, result.skipped) == (2, {"too_long": 1})
+    assert result.places == ("a.txt document 2: too_long",)
+    failing = SmallRun(tmp_path / "again", {"a.txt": lines}, holdout=0)
+    with pytest.raises(
+        DataError, match=r"a\.txt document 2 \(it begins with 'lll.*5,242,880 bytes.*split it, or set on_bad_document='skip'"
+    ):
+        shard_tokenizer.write_shard(*spec_and_job(failing, tmp_path / "again"))
+
+
+def spec_and_job(made: SmallRun, place: Path) -> tuple[shard_tokenizer.StoreSpec, shard_tokenizer.ShardJob]:
+    """One shard of all files, in a store of its own."""
+    (place / "store").mkdir()
+    digest = Vocabulary.open(made.tokenizer.path).digest
+    spec = shard_tokenizer.StoreSpec(
+        directory=str(place / "store"),
+        tokenizer=str(made.tokenizer.path),
+        digest=digest,
+        reading=made.mixture.datasets[0].reading,
+        source_root=str(made.files[0].parent),
+    )
+    return spec, shard_tokenizer.ShardJob(shard=0, of=1, key="key", files=tuple(map(str, made.files)), source_bytes=1)
 
 
 def test_a_shard_is_a_file_until_there_are_very_many(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,13 +15,11 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from model.vocabularies.byte_pairs import byte_pairs_of
 from model.vocabularies.vocabulary import Vocabulary
-from tasks import vocabulary
+from tasks import vocabulary_file
 from tasks.artifacts import Artifact, commit
 from tasks.data_steps import DataSteps, mixture_steps
 from tasks.datasets import DataError, Mixture, Reading
 from tasks.download import download_body
-from tasks.readers.text_reader import read_documents, split_of
-from tasks.sources.local_files import PACKAGED_TEXTS
 from tasks.vocabularies import (
     BytePairTraining,
     ByteTokenizer,
@@ -31,7 +29,7 @@ from tasks.vocabularies import (
     TiktokenFile,
     Tokenizer,
 )
-from tasks.vocabulary import train_byte_pairs, train_sentencepiece, train_vocabulary_body, training_sentences
+from tasks.vocabulary import train_byte_pairs, train_sentencepiece, train_vocabulary_body
 from tasks.vocabulary_file import inspect_tokenizer, not_exportable, vocabulary_size
 from tests.loopback_server import loopback
 from tests.synthetic_vocabulary import small_byte_pairs, small_tiktoken, small_vocabulary
@@ -113,34 +111,6 @@ def test_the_vocabulary_is_llamas_kind_and_loses_nothing(tmp_path: Path) -> None
     assert pieces[1].startswith("<s>\t")
 
 
-def test_only_training_documents_take_part() -> None:
-    path = PACKAGED_TEXTS / "shakespeare" / "sonnets" / "sonnets.txt"
-    texts = list(read_documents(path, READING))
-    train = [text for text in texts if split_of(text, 0.2) == "train"]
-    assert 0 < len(train) < len(texts)
-    assert list(training_sentences([([path], READING)], 1 << 30)) == train
-    some = list(training_sentences([([path], READING), ([path], READING)], 20_000))
-    assert some == [*train[: len(some) // 2], *train[: len(some) // 2]]
-    assert 20_000 <= sum(map(len, some)) < 24_000
-
-
-def test_long_documents_are_handed_over_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vocabulary, "_SENTENCE_CHARACTERS", 10)
-    (tmp_path / "t.txt").write_text("0123456789abcdef", encoding="utf-8")
-    assert list(training_sentences([([tmp_path / "t.txt"], Reading())], 100)) == ["0123456789", "abcdef"]
-
-
-def test_of_questions_and_answers_only_what_is_said_is_trained_on(tmp_path: Path) -> None:
-    rows = [{"prompt": "to be?", "completion": "or not"}, {"prompt": "who?", "completion": "I"}]
-    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    reading = Reading.model_validate({"answers": {"kind": "prompt_completion"}})
-    assert list(training_sentences([([tmp_path / "p.jsonl"], reading)], 100)) == ["to be?", "or not", "who?", "I"]
-    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]
-    (tmp_path / "c.jsonl").write_text(json.dumps({"messages": messages}))
-    reading = Reading.model_validate({"answers": {"kind": "chat"}})
-    assert list(training_sentences([([tmp_path / "c.jsonl"], reading)], 100)) == ["hello", "good day"]
-
-
 def test_too_little_text_names_the_field_and_the_remedy() -> None:
     for model_type in ("bpe", "unigram"):
         training = SentencePieceTraining.model_validate({"vocab_size": 4000, "model_type": model_type})
@@ -216,6 +186,42 @@ def test_a_file_of_any_kind_becomes_a_tokenizer_directory(tmp_path: Path, kind: 
         with pytest.raises(DataError, match=message):
             inspect_tokenizer(tokenizer.model_copy(update=wrong))
     assert not_exportable(tokenizer) is None
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "huggingface", "tiktoken"])
+def test_a_plan_opens_a_file_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    tokenizer = files(tmp_path)[kind]
+    opened: list[Path] = []
+    real = vocabulary_file._open
+    monkeypatch.setattr(vocabulary_file, "_SETTLED_NANOSECONDS", 365 * 86_400 * 10**9)
+    monkeypatch.setattr(vocabulary_file, "_open", lambda config, file: opened.append(file) or real(config, file))
+    file, beside = Path(tokenizer.path), tmp_path / "tokenizer_config.json"
+
+    def ask() -> int:
+        before = len(opened)
+        for _ in range(3):
+            assert inspect_tokenizer(tokenizer).vocab_size == vocabulary_size(tokenizer)
+            assert not_exportable(tokenizer) is None
+        vocabulary_file.open_tokenizer(tokenizer)  # the step that takes it always looks itself
+        return len(opened) - before - 1
+
+    assert ask() >= 3  # so young that it could change again without a trace
+    os.utime(file, (1e9, 1e9))
+    assert ask() == 1
+    assert ask() == 0
+    os.utime(file, (1e9 + 1, 1e9 + 1))
+    assert ask() == 1
+    beside.write_text("{}")
+    os.utime(beside, (1e9, 1e9))
+    if kind != "huggingface":
+        assert ask() == 1
+        return
+    with pytest.raises(DataError, match="does not tell what ends a document"):
+        ask()
+    beside.unlink()
+    assert ask() == 0
+    # the configuration counts too
+    assert inspect_tokenizer(tokenizer.model_copy(update={"bos_token": "<|end_of_text|>"})).bos_id == 599
 
 
 def test_what_identifies_a_file_is_what_changes_an_id(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def byte_pairs_of(tokenizer: dict[str, Any]) -> BytePairs | None:
     result never comes up, since the part between two boundaries that no earlier merge crossed is merged as if alone.)
     """
     model = tokenizer.get("model") or {}
-    pattern = _split_pattern(tokenizer.get("pre_tokenizer"))
+    pattern = split_pattern(tokenizer.get("pre_tokenizer"))
     added = tokenizer.get("added_tokens") or []
     plain = not (model.get("dropout") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"))
     if model.get("type") != "BPE" or not plain or model.get("byte_fallback") or tokenizer.get("normalizer") is not None:
@@ -122,8 +122,8 @@ def _in_order(model: dict[str, Any], ranks: dict[bytes, int]) -> bool:
     return not unmade or (bool(model.get("ignore_merges")) and not any(_halves(token, ranks) for token in unmade))
 
 
-def _split_pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:
-    """The pattern of a pre-tokenizer that splits by it and spells bytes, and does nothing else."""
+def split_pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:
+    """The pattern of a pre-tokenizer that splits by it and spells bytes, and does nothing else; None of any other one."""
     if not pre_tokenizer:
         return None
     steps = pre_tokenizer.get("pretokenizers", []) if pre_tokenizer.get("type") == "Sequence" else [pre_tokenizer]

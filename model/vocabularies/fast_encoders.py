@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from model.vocabularies.byte_pairs import BytePairs
+from model.vocabularies.text_borders import LONG_TEXT
 from model.vocabularies.tiktoken_vocabulary import encode_or_none, is_library_failure, tiktoken_encoding
 
 # How much the process may grow for an object of gigatoken's, for so many objects, before they are made anew, and between
@@ -20,6 +21,8 @@ _GROWTH_BYTES, _GROWING_OBJECTS = 256 << 20, 4
 _LEAST_CHARACTERS, _MOST_CHARACTERS = 16 << 20, 64 << 20
 # A text with fewer spaces than one for so many characters is all one word to SentencePieceByTiktoken.
 _ONE_WORD = 64
+# A long text with a word of so many characters is left to the library too, which takes less memory.
+_LONG_WORD = 1 << 16
 # Working threads up to which `encode` is called: two that take turns at it do as much as two that call `encode_batch`.
 _TAKING_TURNS = 2
 
@@ -65,7 +68,7 @@ class SentencePieceByTiktoken:
     def _encode(self, text: str) -> np.ndarray | None:
         if not text:
             return np.empty(0, np.uint32)
-        if len(text) > _ONE_WORD and text.count(" ") * _ONE_WORD < len(text):
+        if len(text) > _ONE_WORD and (text.count(" ") * _ONE_WORD < len(text) or has_long_word(text)):
             return None
         ranks = encode_or_none(self._encoding, f" {text}".replace("\u2581", " "))
         if ranks is None:
@@ -77,6 +80,19 @@ class SentencePieceByTiktoken:
         # where each rank's ids begin in the table, less where they begin in the result
         shifts = self._starts[ranks] - (np.cumsum(lengths) - lengths)
         return self._ids[np.repeat(shifts, lengths) + np.arange(total)]
+
+
+def has_long_word(text: str) -> bool:
+    """Whether a long text has a word, by its spaces, of more than 65,536 characters."""
+    if len(text) <= LONG_TEXT:
+        return False
+    start = 0
+    while len(text) - start > _LONG_WORD:
+        space = text.rfind(" ", start, start + _LONG_WORD + 1)
+        if space < 0:
+            return True
+        start = space + 1
+    return False
 
 
 class FlatIds(Sequence[np.ndarray]):
@@ -127,6 +143,16 @@ class GigatokenEncoder:
 
     def encode_each(self, texts: Sequence[str]) -> tuple[Sequence[np.ndarray | None], bool]:
         """See FastEncoder."""
+        chosen = None if self._byte_pairs else [index for index, text in enumerate(texts) if not has_long_word(text)]
+        if chosen is not None and len(chosen) < len(texts):
+            results, fresh = self._encode([texts[index] for index in chosen])
+            spread: list[np.ndarray | None] = [None] * len(texts)
+            for index, ids in zip(chosen, results, strict=True):
+                spread[index] = ids
+            return spread, fresh
+        return self._encode(texts)
+
+    def _encode(self, texts: Sequence[str]) -> tuple[Sequence[np.ndarray | None], bool]:
         with self._lock:
             loaded = self._idle.pop() if self._idle else None
         loaded = loaded or self._load()

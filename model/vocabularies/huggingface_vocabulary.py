@@ -5,7 +5,8 @@ elsewhere), truncation, padding, and finding special tokens in text (`encode_spe
 special stay what they are, part of the vocabulary that text is split into.
 
 The library takes time in proportion to the text also for a megabyte of one character, and remembers the pieces it has
-seen up to a limit; what is slow is a file without a pre-tokenizer, of which each document is one piece.
+seen up to a limit; what is slow is a file without a pre-tokenizer, of which each document is one piece. It holds up to 250
+bytes for each byte of the texts that it is given at once, so it is given them by and by, and long ones in parts.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from model.vocabularies.byte_pairs import BytePairs, byte_pairs_of
-from model.vocabularies.vocabulary import FILES, Encoded, Vocabulary, VocabularyRecord, joined, parts_of, read_tokenizer_file
+from model.vocabularies.byte_pairs import BytePairs, byte_pairs_of, split_pattern
+from model.vocabularies.text_borders import NextBorder, encode_parts, parts_of_text, pattern_borders
+from model.vocabularies.vocabulary import FILES, Encoded, Vocabulary, VocabularyRecord, joined, read_tokenizer_file
 
 CONFIG_FILE = "tokenizer_config.json"
 # (BOS, EOS) of files that have no tokenizer_config.json beside them, the first pair that the file has.
@@ -31,6 +33,8 @@ _KNOWN_NAMES = (("<|begin_of_text|>", "<|end_of_text|>"), ("<s>", "</s>"), (None
 
 class HuggingFaceVocabulary(Vocabulary):
     """A `tokenizer.json`. Its special added tokens are the special tokens, with BOS and EOS."""
+
+    longest_part = 1 << 20
 
     @classmethod
     def from_file(cls, path: Path | str, *, bos_token: str | None = None, eos_token: str | None = None) -> HuggingFaceVocabulary:
@@ -86,19 +90,32 @@ class HuggingFaceVocabulary(Vocabulary):
         assert self.path is not None
         return _load(self.path, self.data())
 
+    @cached_property
+    def _next_border(self) -> NextBorder | None:
+        return _borders(self.content(), self.special_tokens)
+
+    def parts(self, text: str) -> list[str]:
+        """See Vocabulary."""
+        return parts_of_text(text, self._next_border)
+
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         """See Vocabulary."""
         for text in texts:
             if not text.isascii():
                 text.encode()  # the library's own error for half a surrogate pair does not say so
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        encoded = joined(np.asarray(encoding.ids, np.uint32) for encoding in encodings)
+        each = encode_parts(texts, self.parts, self._encode_each)
+        encoded = joined(each)
         special = np.fromiter(self.special_tokens.values(), np.uint32, len(self.special_tokens))
         if not np.isin(encoded[0], special).any():
             return encoded
         return joined(
-            self._spelled(text) if np.isin(ids, special).any() else ids for text, ids in zip(texts, parts_of(encoded), strict=True)
+            np.concatenate([self._spelled(part) for part in self.parts(text)]) if np.isin(ids, special).any() else ids
+            for text, ids in zip(texts, each, strict=True)
         )
+
+    def _encode_each(self, parts: list[str]) -> Iterator[np.ndarray]:
+        encodings = self._tokenizer.encode_batch_fast(parts, add_special_tokens=False)
+        return (np.asarray(encoding.ids, np.uint32) for encoding in encodings)
 
     def _spelled(self, text: str) -> np.ndarray:
         """Ids of a text in which a model whose own pieces are special (a Unigram one has `</s>`) would find them.
@@ -146,6 +163,22 @@ def _load(path: Path, data: bytes) -> Any:
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def _borders(content: dict[str, Any], special_tokens: Iterable[str]) -> NextBorder | None:
+    """Where a text can be cut that this tokenizer.json splits by a pattern; None where that is not known.
+
+    Not known are normalizers other than Unicode's own forms, and added tokens that look at what is around them.
+    """
+    normalizer = content.get("normalizer")
+    steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
+    added = content.get("added_tokens") or []
+    found = [token for token in added if not token.get("special")]
+    if any(step.get("type") not in ("NFC", "NFD", "NFKC", "NFKD") for step in steps):
+        return None
+    if any(token.get("lstrip") or token.get("rstrip") or token.get("single_word") for token in found):
+        return None
+    return pattern_borders(split_pattern(content.get("pre_tokenizer")), [*(token["content"] for token in found), *special_tokens])
 
 
 def _ids_of(content: dict[str, Any]) -> dict[str, int]:

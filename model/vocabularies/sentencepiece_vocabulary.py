@@ -1,4 +1,9 @@
-"""SentencePiece models as vocabularies."""
+"""SentencePiece models as vocabularies.
+
+The library holds up to 70 bytes for each byte of a text. A long one is therefore normalized as a whole, which takes 6, and
+what comes of it is encoded in parts by the same model without a normalizer. That is exact for BPE. A unigram model adds up
+scores over the whole text in single precision, so that its parts need not have the ids of the whole, which is never cut.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +13,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from model.vocabularies.text_borders import LONG_TEXT, NextBorder, parts_of_text, piece_borders
 from model.vocabularies.vocabulary import FILES, Encoded, Vocabulary, VocabularyRecord, joined, read_tokenizer_file
 
 
 class SentencePieceVocabulary(Vocabulary):
     """A `.model` file, encoded by the sentencepiece library itself. Its control pieces are the special tokens."""
+
+    longest_part = 4 << 20
 
     @classmethod
     def from_file(cls, path: Path | str) -> SentencePieceVocabulary:
@@ -46,8 +56,37 @@ class SentencePieceVocabulary(Vocabulary):
         for text in texts:
             if not text.isascii():
                 text.encode()  # the library's own error for half a surrogate pair does not say so
-        # one thread: shards are what runs in parallel, and the library lets go of the interpreter meanwhile
-        return joined(self._processor.encode(list(texts), num_threads=1, return_type="numpy"))
+        if all(len(text) <= LONG_TEXT for text in texts):
+            return joined(_encode(self._processor, list(texts)))
+        return joined(self._encode_long(text) if len(text) > LONG_TEXT else _encode(self._processor, [text])[0] for text in texts)
+
+    def _encode_long(self, text: str) -> np.ndarray:
+        parts = self.parts(text)
+        return np.concatenate([_encode(self._without_normalizer[0], [part])[0] for part in parts])
+
+    def parts(self, text: str) -> list[str]:
+        """See Vocabulary."""
+        if len(text) <= LONG_TEXT:
+            return [text]
+        return parts_of_text(self._processor.normalize(text), self._without_normalizer[1])
+
+    @cached_property
+    def _without_normalizer(self) -> tuple[Any, NextBorder | None]:
+        """The model for text that is normalized already, and where that can be cut."""
+        from sentencepiece import sentencepiece_model_pb2
+
+        pb2: Any = sentencepiece_model_pb2  # generated at import, so a type checker sees no members
+        proto = pb2.ModelProto.FromString(self.data())
+        proto.normalizer_spec.Clear()
+        spec = proto.normalizer_spec
+        spec.name, spec.add_dummy_prefix, spec.remove_extra_whitespaces, spec.escape_whitespaces = "identity", False, False, False
+        assert self.path is not None
+        processor = _load(self.path, proto.SerializeToString())
+        if proto.trainer_spec.model_type != pb2.TrainerSpec.BPE:
+            return processor, None
+        # unknown characters in a row become one id, where they are not spelled in bytes
+        known = None if proto.trainer_spec.byte_fallback else {piece.piece for piece in proto.pieces if len(piece.piece) == 1}
+        return processor, piece_borders((piece.piece for piece in proto.pieces), known)
 
     def names(self) -> list[str]:
         """See Vocabulary."""
@@ -55,6 +94,11 @@ class SentencePieceVocabulary(Vocabulary):
 
     def _decode(self, ids: list[int]) -> str:
         return self._processor.decode(ids)
+
+
+def _encode(processor: Any, texts: list[str]) -> list[np.ndarray]:
+    # one thread: shards are what runs in parallel, and the library lets go of the interpreter meanwhile
+    return processor.encode(texts, num_threads=1, return_type="numpy")
 
 
 def _load(path: Path, data: bytes) -> Any:

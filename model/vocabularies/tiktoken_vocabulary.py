@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from model.vocabularies.byte_pairs import LLAMA3_PATTERN, BytePairs, read_ranks, tokenizer_json
+from model.vocabularies.text_borders import NextBorder, encode_parts, parts_of_text, pattern_borders
 from model.vocabularies.vocabulary import FILES, Encoded, Vocabulary, VocabularyRecord, joined, read_tokenizer_file
 
 _NEVER_FOUND = "\U0010fffe\U0010ffff"
@@ -24,6 +25,8 @@ class TiktokenVocabulary(Vocabulary):
     A text on which the pattern runs out of the library's stack (a megabyte of spaces with Llama 3's) is encoded by
     `tokenizers` over the same pairs, which has the same ids and no such limit.
     """
+
+    longest_part = 1 << 20
 
     @classmethod
     def from_file(
@@ -80,9 +83,17 @@ class TiktokenVocabulary(Vocabulary):
 
         return Tokenizer.from_str(json.dumps(tokenizer_json(self.pairs, {})))
 
+    @cached_property
+    def _next_border(self) -> NextBorder | None:
+        return pattern_borders(self.record.pattern)
+
+    def parts(self, text: str) -> list[str]:
+        """See Vocabulary."""
+        return parts_of_text(text, self._next_border)
+
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         """See Vocabulary."""
-        return joined(self._encode(text) for text in texts)
+        return joined(encode_parts(texts, self.parts, lambda parts: map(self._encode, parts)))
 
     def _encode(self, text: str) -> np.ndarray:
         ids = encode_or_none(self._encoding, text)

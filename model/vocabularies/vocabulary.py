@@ -26,6 +26,7 @@ from typing import Any, Literal
 import numpy as np
 
 from model.durable import write_durably, write_json
+from model.vocabularies.text_borders import LONG_TEXT
 
 Kind = Literal["sentencepiece", "huggingface", "tiktoken", "bytes"]
 Encoded = tuple[np.ndarray, np.ndarray]  # ids uint32 [total] of all texts, one after the other; lengths int64 [number of texts]
@@ -59,8 +60,18 @@ class VocabularyRecord:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+class TextTooLong(ValueError):
+    """A text that cannot be encoded in bounded memory."""
+
+
 class Vocabulary(ABC):
-    """A tokenizer. Opened by `Vocabulary.open`; the subclasses are one for each kind of file."""
+    """A tokenizer. Opened by `Vocabulary.open`; the subclasses are one for each kind of file.
+
+    Attributes:
+        longest_part: how many UTF-8 bytes of a text can be encoded at once in some 300 MB of memory; None: any number.
+    """
+
+    longest_part: int | None = None
 
     def __init__(self, record: VocabularyRecord, path: Path | None) -> None:
         """`path` is the tokenizer's own file, None for bytes."""
@@ -133,6 +144,21 @@ class Vocabulary(ABC):
 
         Raises UnicodeEncodeError, a ValueError, for half a surrogate pair.
         """
+
+    def check_length(self, text: str) -> None:
+        """Raises TextTooLong where more than `longest_part` bytes of the text have to be encoded at once, with the remedy."""
+        if self.longest_part is None or len(text) <= LONG_TEXT:
+            return
+        longest = max(len(part.encode()) for part in self.parts(text))
+        if longest > self.longest_part:
+            raise TextTooLong(
+                f"a document of {len(text.encode()):,} bytes, of which this {self.kind} tokenizer has to encode {longest:,} at once, "
+                f"since cutting them could change their ids; the limit is {self.longest_part:,}: split it"
+            )
+
+    def parts(self, text: str) -> list[str]:
+        """What of a text is encoded at once: parts whose ids, one after the other, are those of the text (as it is normalized)."""
+        return [text]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of `ids`. Special ids have none, nor do ids past the vocabulary, which a padded embedding has."""

@@ -131,23 +131,38 @@ def compression_suffix(path: str | PurePath) -> str:
     return suffix if suffix in _METHODS else ""
 
 
-def open_text_stream(path: Path, max_expansion: int) -> io.BufferedReader:
+def open_text_stream(path: Path, max_expansion: int, on_read: Callable[[], None] | None = None) -> io.BufferedReader:
     """The content of a file, decompressed as its suffix says, to be read front to back; several members are read as one.
 
     Besides the caller's own reads it holds at most some 64 MiB, and the window of up to 128 MiB that Zstandard and xz ask for.
     Reading raises BrokenStream where the file breaks off, is corrupt, or grows to more than max_expansion times what was
-    read so far and 64 MiB; what came before that place is given first. Raises OSError where the file cannot be read.
+    read so far and 64 MiB; what came before that place is given first. Raises OSError where the file cannot be read, and what
+    `on_read` raises, which is called each time that some of the file has been read.
     """
-    raw = path.open("rb", buffering=0)
+    raw = _File(path, on_read)
     suffix = compression_suffix(path)
-    return io.BufferedReader(_Decompressed(path, raw, suffix, max_expansion) if suffix else raw)
+    return io.BufferedReader(_Decompressed(path, raw, suffix, max_expansion, on_read) if suffix else raw)
+
+
+class _File(io.FileIO):
+    """A file that says when it is read."""
+
+    def __init__(self, path: Path, on_read: Callable[[], None] | None) -> None:
+        super().__init__(path, "rb")
+        self._on_read = on_read
+
+    def readinto(self, buffer: Any, /) -> int | None:
+        """Fills the buffer as far as the file goes."""
+        if self._on_read is not None:
+            self._on_read()
+        return super().readinto(buffer)
 
 
 class _Decompressed(io.RawIOBase):
     """The decompressed bytes of an open file."""
 
-    def __init__(self, path: Path, file: io.FileIO, suffix: str, max_expansion: int) -> None:
-        self._path, self._file, self._max_expansion = path, file, max_expansion
+    def __init__(self, path: Path, file: io.FileIO, suffix: str, max_expansion: int, on_read: Callable[[], None] | None = None) -> None:
+        self._path, self._file, self._max_expansion, self._on_read = path, file, max_expansion, on_read
         self._method, self._new_decoder, self._piece_bytes = _METHODS[suffix]
         self._decoder = self._new_decoder()
         self._block = memoryview(b"")
@@ -168,6 +183,8 @@ class _Decompressed(io.RawIOBase):
 
     def readinto(self, buffer: Any, /) -> int:
         """Fills at least half of `buffer`, less only at the end or before damage."""
+        if self._on_read is not None:
+            self._on_read()
         target = memoryview(buffer).cast("B")
         filled = 0
         while filled <= len(target) // 2:

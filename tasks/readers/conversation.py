@@ -34,6 +34,10 @@ class AnswerVocabulary(Protocol):
         """Ids, integers [N], of plain text."""
         ...
 
+    def check_length(self, text: str, /) -> None:
+        """Raises a ValueError for a text that cannot be encoded in bounded memory."""
+        ...
+
 
 def encode_answers(document: str, answers: PromptCompletion | Chat, vocabulary: AnswerVocabulary) -> tuple[np.ndarray, np.ndarray]:
     """Token ids of a document, int64 [N], and bool [N]: True where the token, as a target, counts in the loss.
@@ -44,7 +48,8 @@ def encode_answers(document: str, answers: PromptCompletion | Chat, vocabulary: 
     apart, so the prompt's ids are those that it has alone, as when the model is asked.
     The EOS that ends the document counts where what is before it does. A template's own EOS counts where it lies in a
     `{% generation %}` block.
-    Raises DataError for a template that cannot be used, UnusableConversation for a conversation that it refuses.
+    Raises DataError for a template that cannot be used, UnusableConversation for a conversation that it refuses, and what the
+    vocabulary's check_length raises.
     """
     record = orjson.loads(document)
     if isinstance(answers, PromptCompletion):
@@ -79,5 +84,6 @@ def _encoded(pieces: list[Piece], vocabulary: AnswerVocabulary) -> tuple[np.ndar
         if piece.token is not None:
             ids.append(np.array([piece.token], np.int64))
         else:
+            vocabulary.check_length(piece.text)
             ids.append(np.asarray(vocabulary.encode(piece.text) if piece.text else [], np.int64))
     return np.concatenate(ids), np.repeat([piece.is_learned for piece in pieces], [len(part) for part in ids])

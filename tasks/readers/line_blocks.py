@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -40,7 +43,12 @@ class Block:
 
     def place(self, index: int) -> tuple[int, int]:
         """Line number and byte offset of the line with this index."""
-        return self.line + index, self.offset + sum(map(len, self.lines[:index])) + index
+        return self.line + index, self._offsets[index]
+
+    @cached_property
+    def _offsets(self) -> array[int]:
+        """Where each line begins, of a block in which one is asked for: a block can have as many bad lines as it has lines."""
+        return array("q", accumulate((len(line) + 1 for line in self.lines), initial=self.offset))
 
     def where(self, index: int) -> str:
         """The place of the line with this index in words, for messages."""

@@ -39,8 +39,11 @@ class _Column:
     is_repeated: bool
 
 
-def parquet_documents(path: Path, reading: Reading) -> Iterator[str | BadDocument]:
-    """The documents of a parquet file. Raises BrokenStream where it is damaged or grows too much, OSError where it is not there."""
+def parquet_documents(path: Path, reading: Reading, on_read: Callable[[], None] | None = None) -> Iterator[str | BadDocument]:
+    """The documents of a parquet file. Raises BrokenStream where it is damaged or grows too much, OSError where it is not there.
+
+    `on_read` is called each time that some more rows are read, and what it raises ends the reading.
+    """
     with path.open("rb") as file:
         with _damage_named(path):
             footer = read_footer(file)
@@ -58,7 +61,7 @@ def parquet_documents(path: Path, reading: Reading) -> Iterator[str | BadDocumen
             )
         groups = enumerate(row_groups(footer, [column.number for column in columns]))
         with table:
-            reader = _GroupReader(path, file, table, columns, reading)
+            reader = _GroupReader(path, file, table, columns, reading, on_read)
             while True:
                 with _damage_named(path):
                     found = next(groups, None)
@@ -108,8 +111,17 @@ def _needed_columns(path: Path, metadata: Any, reading: Reading) -> list[_Column
 class _GroupReader:
     """Reads row groups of an open file, and keeps count of how much was read."""
 
-    def __init__(self, path: Path, file: BinaryIO, table: Any, columns: list[_Column], reading: Reading) -> None:
+    def __init__(
+        self,
+        path: Path,
+        file: BinaryIO,
+        table: Any,
+        columns: list[_Column],
+        reading: Reading,
+        on_read: Callable[[], None] | None,
+    ) -> None:
         self._path, self._file, self._table, self._columns, self._reading = path, file, table, columns, reading
+        self._on_read = on_read
         self._limit = reading.max_document_bytes
         self._compressed = self._produced = 0
         self._extract: Callable[[Any], str] | None = document_extractor(reading) if reading.answers is not None else None
@@ -163,6 +175,8 @@ class _GroupReader:
         done = 0
         with closing(self._table.iter_batches(rows, row_groups=[group], columns=names, use_threads=False)) as batches:
             while True:
+                if self._on_read is not None:
+                    self._on_read()
                 try:
                     batch = next(batches, None)
                 except (pa.ArrowException, OSError) as error:

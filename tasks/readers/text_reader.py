@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
 
 from tasks.mixture_config import Reading
@@ -23,6 +23,17 @@ Split = str
 _Raw = tuple[bytes, Block, int]
 _CHUNK = 1 << 20
 _FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
+# What no name ends with that is a text, or records of it, in a format that is read here.
+_OTHER_FORMATS = {
+    **dict.fromkeys((".csv", ".tsv", ".psv", ".xls", ".xlsx", ".ods"), "a table"),
+    **dict.fromkeys((".arrow", ".feather", ".avro", ".orc", ".h5", ".hdf5", ".tfrecord", ".tfrecords", ".array_record"), "records"),
+    **dict.fromkeys((".db", ".sqlite", ".sqlite3", ".duckdb", ".mds", ".msgpack"), "records"),
+    **dict.fromkeys((".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".zip", ".7z", ".rar", ".jar", ".warc"), "an archive"),
+    **dict.fromkeys((".lz4", ".lzma", ".lzo", ".snappy", ".sz", ".br", ".z"), "compressed otherwise"),
+    **dict.fromkeys((".pkl", ".pickle", ".npy", ".npz", ".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".idx"), "binary data"),
+    **dict.fromkeys((".pdf", ".ps", ".doc", ".docx", ".odt", ".epub", ".rtf", ".ppt", ".pptx"), "a typeset document"),
+    **dict.fromkeys((".png", ".jpg", ".jpeg", ".gif", ".webp", ".mp3", ".mp4", ".wav", ".flac"), "no text"),
+}
 
 
 def split_of(text: str, holdout: float) -> Split:
@@ -52,7 +63,9 @@ class Skipped(Counter[str]):
             self.places.append(f"{where}: {reason}")
 
 
-def read_documents(path: str | Path, reading: Reading, skipped: Counter[str] | None = None) -> Iterator[str]:
+def read_documents(
+    path: str | Path, reading: Reading, skipped: Counter[str] | None = None, on_read: Callable[[], None] | None = None
+) -> Iterator[str]:
     """The documents of one file, in order. Holds a few times max_document_bytes at most.
 
     Empty documents (white space alone, answers of nothing else) are left out. `skipped` counts them as "empty" and, with
@@ -60,12 +73,13 @@ def read_documents(path: str | Path, reading: Reading, skipped: Counter[str] | N
     "not_text", "no_answer"; a file that breaks off or is corrupt is "damaged", and one that grows too much a "bomb": what
     was read before that place is kept.
     Raises DataError with the file, the line or record, the byte offset, what is wrong, and the remedy; with "skip" only
-    where the file cannot be read at all. A `Skipped` keeps the first places too.
+    where the file cannot be read at all. A `Skipped` keeps the first places too. `on_read` is called each time that some more of
+    the file is read, whatever comes of it, and what it raises ends the reading.
     """
     file = Path(path)
     counts: Counter[str] = Counter() if skipped is None else skipped
     try:
-        for found in _documents(file, reading):
+        for found in _documents(file, reading, on_read):
             if isinstance(found, BadDocument):
                 if reading.on_bad_document == "fail":
                     raise DataError(str(found))
@@ -90,12 +104,21 @@ def _note(counts: Counter[str], reason: str, where: str, count: int = 1) -> None
 
 
 def resolved_format(path: str | PurePath, reading: Reading) -> str:
-    """How a file is read: "txt", "jsonl", "json" or "parquet". Raises DataError where the file's name does not allow it."""
+    """How a file is read: "txt", "jsonl", "json" or "parquet". Raises DataError where the file's name does not allow it.
+
+    A name that says nothing is taken for text, one that says something else is refused unless `reading.format` is set.
+    """
     suffix = compression_suffix(path)
     name = PurePath(path).name
     kind = reading.format
     if kind == "auto":
-        kind = _FORMATS.get(PurePath(name[: len(name) - len(suffix)]).suffix.lower(), "txt")
+        ending = PurePath(name[: len(name) - len(suffix)]).suffix.lower()
+        if ending in _OTHER_FORMATS:
+            raise DataError(
+                f"{path}: its name ends with {ending}, {_OTHER_FORMATS[ending]}, which is not read; convert it to jsonl or parquet, leave "
+                "it out of the source, or, if it is text all the same, set format='txt' (or 'jsonl', 'json', 'parquet')"
+            )
+        kind = _FORMATS.get(ending, "txt")
     if kind == "parquet" and suffix:
         raise DataError(f"{path}: parquet is compressed inside the file, not as a whole; decompress it and take {suffix} off its name")
     if kind == "txt" and reading.answers is not None:
@@ -106,15 +129,15 @@ def resolved_format(path: str | PurePath, reading: Reading) -> str:
     return kind
 
 
-def _documents(path: Path, reading: Reading) -> Iterator[str | BadDocument]:
+def _documents(path: Path, reading: Reading, on_read: Callable[[], None] | None) -> Iterator[str | BadDocument]:
     kind = resolved_format(path, reading)
     if kind == "parquet":
         # pyarrow takes longer to import than the rest together
         from tasks.readers.parquet_reader import parquet_documents
 
-        yield from parquet_documents(path, reading)
+        yield from parquet_documents(path, reading, on_read)
         return
-    with open_text_stream(path, reading.max_expansion) as stream:
+    with open_text_stream(path, reading.max_expansion, on_read) as stream:
         if kind == "jsonl":
             yield from jsonl_documents(stream, path, reading)
         elif kind == "json":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,13 @@ import seqio
 import tensorflow as tf
 
 from model.config_base import nearest
-from model.vocabularies.vocabulary import Vocabulary
+from model.vocabularies.text_borders import LONG_TEXT
+from model.vocabularies.vocabulary import TextTooLong, Vocabulary
 from tasks.mixture_config import Chat, Mixture, PromptCompletion, Reading
 from tasks.readers.conversation import encode_answers
+from tasks.seqio_bridge.seqio_modules import import_module
 from tasks.seqio_bridge.seqio_sources import FEATURE, TextFilesSource, TfdsTextSource
-from tasks.seqio_bridge.seqio_vocabularies import make_vocabulary
+from tasks.seqio_bridge.seqio_vocabularies import SentencePieceByContent, TokenizerVocabulary, make_vocabulary
 from tasks.sources import DataError
 
 __all__ = [
@@ -67,13 +68,21 @@ def _add(name: str, source: Any, reading: Reading, tokenizer: str | Path | seqio
     # SeqIO's protocol promises a number of examples, its own sources may have none: `source` has no type for that
     vocabulary = tokenizer if isinstance(tokenizer, seqio.Vocabulary) else make_vocabulary(tokenizer)
     if reading.answers is None:
-        preprocessors = [seqio.preprocessors.tokenize, seqio.CacheDatasetPlaceholder(), *special_id_steps(vocabulary)]
+        fits = functools.partial(leave_out_too_long, vocabulary=vocabulary, source=source)
+        preprocessors = [fits, seqio.preprocessors.tokenize, seqio.CacheDatasetPlaceholder(), *special_id_steps(vocabulary)]
     elif isinstance(tokenizer, seqio.Vocabulary):
         raise ValueError(f"task {name!r}: answers are encoded by a tokenizer, not by a {type(tokenizer).__name__}; give its directory")
     else:
         encode = functools.partial(tokenize_answers, answers=reading.answers, tokenizer=tokenizer, source=source)
         preprocessors = [encode, seqio.CacheDatasetPlaceholder(), trim_loss_mask]
     return replace_task(name, source, preprocessors, vocabulary, add_eos=reading.answers is None)
+
+
+def opened_vocabulary(vocabulary: seqio.Vocabulary) -> Vocabulary | None:
+    """The tokenizer behind a vocabulary that `make_vocabulary` made; None of any other."""
+    if isinstance(vocabulary, TokenizerVocabulary):
+        return vocabulary.tokenizer
+    return Vocabulary.open(vocabulary.sentencepiece_model_file) if isinstance(vocabulary, SentencePieceByContent) else None
 
 
 def replace_task(name: str, source: Any, preprocessors: Sequence[Any], vocabulary: seqio.Vocabulary, *, add_eos: bool) -> seqio.Task:
@@ -87,6 +96,36 @@ def replace_task(name: str, source: Any, preprocessors: Sequence[Any], vocabular
 def special_id_steps(vocabulary: seqio.Vocabulary) -> list[Any]:
     """The preprocessors that put BOS, where the vocabulary has one, and EOS around documents."""
     return [*([] if vocabulary.bos_id is None else [prepend_bos]), seqio.preprocessors.append_eos]
+
+
+def leave_out_too_long(
+    dataset: tf.data.Dataset, *, vocabulary: seqio.Vocabulary, source: TextFilesSource | TfdsTextSource
+) -> tf.data.Dataset:
+    """A preprocessor that leaves out, and counts, the texts that the tokenizer cannot encode in bounded memory.
+
+    Where the reading does not skip bad documents the first of them ends it, as a DataError in `source.failure`. A vocabulary that
+    is not made here takes every text.
+    """
+    opened = opened_vocabulary(vocabulary)
+    if opened is None or opened.longest_part is None:
+        return dataset
+
+    def _fits(document: bytes) -> bool:
+        try:
+            opened.check_length(document.decode())
+        except TextTooLong as error:
+            if source.reading.on_bad_document == "fail":
+                source.failure = DataError(f"{error}, or set on_bad_document='skip' to leave such documents out and count them")
+                raise source.failure from None
+            source.skipped.note("too_long", f"a document that begins with {document[:40]!r}")
+            return False
+        return True
+
+    def _kept(example: dict[str, Any]) -> tf.Tensor:
+        text = example[FEATURE]
+        return tf.strings.length(text) <= LONG_TEXT or tf.ensure_shape(tf.numpy_function(_fits, [text], tf.bool), [])
+
+    return dataset.filter(_kept)
 
 
 def prepend_bos(dataset: tf.data.Dataset, output_features: Mapping[str, Any]) -> tf.data.Dataset:
@@ -117,6 +156,9 @@ def tokenize_answers(
             opened.append(Vocabulary.open(Path(tokenizer)))
         try:
             ids, mask = encode_answers(document.decode(), answers, opened[0])
+        except TextTooLong as error:
+            source.failure = DataError(f"a conversation cannot be encoded: {error}")
+            raise source.failure from None
         except DataError as error:
             source.failure = error
             raise
@@ -194,16 +236,6 @@ def add_mixture(name: str, rates: Mapping[str, float]) -> seqio.Mixture:
     if len({tuple(names) for names in features.values()}) > 1:
         raise DataError(f"mixture {name!r}: SeqIO only mixes tasks with the same features, these have {features}; join them to {FEATURE!r}")
     return seqio.MixtureRegistry.add(own, list(rates.items()))
-
-
-def import_module(module: str | None) -> None:
-    """Imports the module that adds tasks to the registry. Raises DataError where it is not there."""
-    if module is None:
-        return
-    try:
-        importlib.import_module(module)
-    except ImportError as error:
-        raise DataError(f"seqio_module={module!r} cannot be imported ({error}); install it or correct the name") from None
 
 
 def registered_task(name: str, module: str | None) -> seqio.Task:

@@ -18,8 +18,13 @@ from tasks.sources.source_memory import DigestMemo
 if TYPE_CHECKING:
     from tasks.sources.file_lists import ListSource
 
-# A word of its own in a path, as publishers name splits: test-00000.parquet, data/validation/x, my_val_set.
-_HELD_OUT = re.compile(r"(?<![a-z])(?:tests?|testing|validation|valid|val|eval|held_?out)(?![a-z])", re.IGNORECASE)
+# A word of its own in a path, as publishers name splits: test-00000.parquet, data/validation/x, my_val_set, testset.jsonl.
+_SPLITS = r"tests?|testing|validations?|validate|valid|val|evaluations?|evaluate|evals?|held[-_ ]?out"
+_SET = r"(?:[-_ .]?(?:sets?|data|splits?))?"
+# `dev` begins many other names (dev_to, dev-tools), so it counts only where it ends one, or a number or "set" follows.
+_DEV = rf"dev(?:{_SET}(?=[-_ .]?(?:\d|[./]|$))|[-_ .]?(?:sets?|data|splits?)(?![a-z]))"
+_HELD_OUT = re.compile(rf"(?<![a-z])(?:(?:{_SPLITS}){_SET}(?![a-z])|{_DEV})", re.IGNORECASE)
+_HELD_OUT_DIRECTORY = re.compile(rf"(?:{_SPLITS}|dev){_SET}", re.IGNORECASE)
 
 
 def list_files(dataset: Dataset) -> tuple[SourceFile, ...]:
@@ -36,9 +41,10 @@ def list_files(dataset: Dataset) -> tuple[SourceFile, ...]:
     return tuple(files)
 
 
-def check_files(dataset: Dataset, *, trained: bool) -> None:
-    """Raises DataError where a file cannot be read, is empty, or all are; and where one to train on is named like held-out data.
+def check_files(dataset: Dataset, *, trained: bool) -> tuple[str, ...]:
+    """The names of the files.
 
+    Raises DataError where a file cannot be read, is empty, or all are; and where one to train on is named like held-out data.
     Looked at are the names below the fixed part of each glob and the directory they are in, for HTTP (also from a list) the
     path of the URL, and on the Hub the path in the repository. Directories further up may be called as they like.
     """
@@ -59,14 +65,17 @@ def check_files(dataset: Dataset, *, trained: bool) -> None:
     if empty and dataset.on_bad_document != "skip":
         more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
         raise DataError(f"dataset {dataset.name!r}: {empty[0]}{more} has no bytes; remove it, or set on_bad_document='skip'")
+    return tuple(found)
 
 
 def _held_out(file: Found) -> str | None:
     """The word by which a file looks like data to evaluate on, in its published path or as the name of its directory."""
     if word := _HELD_OUT.search(file.published):
         return word.group()
-    directory = PurePosixPath(urlsplit(file.location).path if "://" in file.location else file.location).parent.name
-    return directory if _HELD_OUT.fullmatch(directory) else None
+    path = urlsplit(file.location).path if "://" in file.location else file.location
+    above = path.removesuffix(file.published) if file.published else ""
+    directory = PurePosixPath(above if above != path and above.endswith("/") else PurePosixPath(path).parent).name
+    return directory if _HELD_OUT_DIRECTORY.fullmatch(directory) else None
 
 
 def find_one(location: str, *, sha256: str | None = None) -> SourceFile:

@@ -54,6 +54,8 @@ class Found:
 
 def check_file_name(name: str) -> str:
     """`name` itself, where it is a relative path that stays below its directory on any system, and is seen there. Raises DataError."""
+    if any("\ud800" <= character <= "\udfff" for character in name):  # how Python spells bytes of a name that are no UTF-8
+        raise DataError(f"source file name {name[:120]!r} is not UTF-8; rename the file, or leave it out of the source")
     path = PurePosixPath(name)
     parts_fine = all(
         part == part.rstrip(". ") and not part.startswith(".") and len(part.encode()) <= _MAX_PART_BYTES for part in path.parts
