@@ -46,5 +46,5 @@ def _pieces_taken(x: Array, pieces: np.ndarray, axis: int) -> Array:
             f"train.context_parallel_size={len(pieces) // 2}: make train.train_seq_len a multiple of {len(pieces)} or use fewer chips"
         )
     split = x.reshape(*x.shape[:axis], len(pieces), length // len(pieces), *x.shape[axis + 1 :])
-    numpy = np if isinstance(x, np.ndarray) else jnp
-    return numpy.take(split, pieces, axis=axis).reshape(x.shape)
+    taken = np.take(split, pieces, axis=axis) if isinstance(split, np.ndarray) else jnp.take(split, pieces, axis=axis)
+    return taken.reshape(x.shape)  # pyright: ignore[reportReturnType]  # numpy in, numpy out

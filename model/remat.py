@@ -16,13 +16,16 @@ From the least memory to the least work, with what the policy keeps of each toke
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import get_args
+from typing import ParamSpec, TypeVar, get_args
 
 import jax
 
 from model.config import RematPolicy
 
 REMAT_POLICIES: tuple[RematPolicy, ...] = get_args(RematPolicy)
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 ATTENTION_RESIDUAL = "attn_residual"  # what the attention kernel's own backward pass needs of its forward pass
 
@@ -34,7 +37,7 @@ _KEPT: dict[RematPolicy, tuple[str, ...]] = {
 }
 
 
-def rematerialised(layer: Callable[..., object], policy: RematPolicy, *, scanned: bool) -> Callable[..., object]:
+def rematerialised(layer: Callable[Arguments, Result], policy: RematPolicy, *, scanned: bool) -> Callable[Arguments, Result]:
     """`layer`, whose backward pass computes again what the policy does not keep.
 
     Args:

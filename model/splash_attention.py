@@ -89,7 +89,9 @@ def _local(
     """One chip's queries S against the keys T of whole rows, which arrive spread and are put in order."""
     k_BGTK, v_BGTK = (restore_order(x, shards, axis=2) for x in (k_BGTK, v_BGTK))
     segments = splash.SegmentIds(segments_BS, restore_order(segments_BT, shards, axis=1))
-    return jax.vmap(kernel)(q_BHSK, k_BGTK, v_BGTK, segments)
+    output = jax.vmap(kernel)(q_BHSK, k_BGTK, v_BGTK, segments)
+    assert isinstance(output, jax.Array)  # the kernel was not asked for its residuals
+    return output
 
 
 def _kernel(

@@ -132,7 +132,7 @@ def _wrong_slice(search: Search, chosen: Trial, correction: Correction) -> Itera
     if facts is None or facts.roofline.compute_seconds >= WELL_USED * facts.roofline.step_seconds:
         return
     bounds, chip = facts.roofline, CHIPS[search.tpu_slice.generation]
-    limit = {"hbm": "HBM", "ici": "ICI", "dcn": "DCN"}.get(_limit(chosen), "ICI")
+    limit = (_limit(chosen) if bounds.bound == "compute" else bounds.bound).upper()
     intensity, ridge = bounds.executed_flops_per_chip / bounds.hbm_bytes_per_chip, chip.bf16_flops / chip.hbm_bytes_per_second
     name, slices = search.tpu_slice.name, search.job.train.slice_count
     where = f"{search.num_chips} {search.tpu_slice.generation} chips" + (f" in {slices} slices" if slices > 1 else "")
@@ -159,7 +159,7 @@ def _wrong_slice(search: Search, chosen: Trial, correction: Correction) -> Itera
 
 
 def _limit(chosen: Trial) -> str:
-    """Which unit takes the time that computation does not."""
+    """Which unit takes the time that computation does not, where computation itself takes the most."""
     assert chosen.outcome.facts is not None
     bounds = chosen.outcome.facts.roofline
     excess = {

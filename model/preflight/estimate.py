@@ -120,6 +120,9 @@ def _hbm_traffic(job: Job, setting: Setting, split: int, tokens: float) -> float
     parameters = num_parameters(model)
     weights = 12 * setting.microbatches * parameters / setting.tensor
     activations = 12 * number * tokens * model.num_layers * _numbers(model, "save_all", setting.tensor)  # fitted
+    if setting.remat == "none":  # what is kept beyond that is written once and read once
+        more = _numbers(model, "none", setting.tensor) - _numbers(model, "save_all", setting.tensor)
+        activations += 2 * number * tokens * model.num_layers * more
     head = tokens / model.cross_entropy_block_size * model.hidden_dim * model.padded_vocab_size * 12
     return weights + activations + head + _OPTIMIZER_BYTES * parameters / split
 
