@@ -62,7 +62,7 @@ $(UV): bootstrap.lock | $(PY)
 
 $(READY): $(LOCK) pyproject.toml | $(UV)
 	@k=$$($(KEY)); if [ "$$k" = "$$(cat $@ 2>/dev/null)" ]; then touch $@; else \
-	  echo "setup: installing $(LOCK) (about 4.2 GB the first time)"; \
+	  echo "setup: installing $(LOCK) (about 5 GB the first time)"; \
 	  $(UV) pip $(if $(VIRTUAL_ENV),install,sync) -q --compile-bytecode --require-hashes --python $(PY) $(if $(VIRTUAL_ENV),-r) $(LOCK) && \
 	  $(UV) pip install -q --no-deps --no-build-isolation --python $(PY) -e . && \
 	  echo $$k > $@ && echo "setup: done"; fi
