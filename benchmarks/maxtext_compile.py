@@ -26,6 +26,7 @@ SCALES = {"GiB": 2**30, "GB": 1e9, "TF": 1e12}
 
 def measure_maxtext(spec: dict[str, Any]) -> dict[str, Any]:
     """The child, run by MaxText's interpreter: compiles with MaxText's own entry point, leaves the program's text in `spec["hlo"]`."""
+    os.environ.pop("TPU_LIBRARY_PATH", None)  # a parent that imported JAX names its own libtpu there
     import maxtext  # pyright: ignore[reportMissingImports]
     from maxtext.trainers.pre_train import train_compile  # pyright: ignore[reportMissingImports]
 
@@ -78,7 +79,7 @@ def maxtext_options(job: Any, tpu_slice: Any, output: str) -> list[str]:
     return [f"{name}={value}" for name, value in options.items()]
 
 
-def maxtextfigures_of(job: Any, tpu_slice: Any) -> tuple[dict[str, float], dict[str, str]]:
+def maxtext_figures(job: Any, tpu_slice: Any) -> tuple[dict[str, float], dict[str, str]]:
     """Compiles MaxText's step and reads its program; figures and the versions that made them.
 
     Raises:
@@ -104,7 +105,7 @@ def maxtextfigures_of(job: Any, tpu_slice: Any) -> tuple[dict[str, float], dict[
     return figures_of(job, tpu_slice, memory, parts, cost.dot_flops, kernels, logits, found["compile_cpu_s"]), found["versions"]
 
 
-def ourfigures_of(job: Any, tpu_slice: Any, options: dict[str, str]) -> dict[str, float]:
+def our_figures(job: Any, tpu_slice: Any, options: dict[str, str]) -> dict[str, float]:
     """The same of our step, through preflight's compiler. Raises RuntimeError where it does not compile."""
     from model.preflight.compiler import compile_order
     from model.preflight.facts import CompileOrder
@@ -187,10 +188,10 @@ def main() -> int:
     job, tpu_slice = job_named("R1")[1], slice_named(arguments.slice)
     if arguments.layers:
         job = Job(job.model.model_copy(update={"num_layers": arguments.layers}), job.train)
-    theirs, versions = maxtextfigures_of(job, tpu_slice)
+    theirs, versions = maxtext_figures(job, tpu_slice)
     columns = {
-        "ours": ourfigures_of(job, tpu_slice, flag_choice(tpu_slice.generation, 0).compared[0].options),
-        "ours, no options": ourfigures_of(job, tpu_slice, NONE.options),
+        "ours": our_figures(job, tpu_slice, flag_choice(tpu_slice.generation, 0).compared[0].options),
+        "ours, no options": our_figures(job, tpu_slice, NONE.options),
         "MaxText": theirs,
     }
     print(table(columns))

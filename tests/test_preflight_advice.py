@@ -39,7 +39,7 @@ def test_a_job_that_suits_its_slice_needs_no_advice() -> None:
 
 def test_too_many_chips() -> None:
     first, cheapest, fastest = lines(found("dclm-1b", "v6e-256", Fixed(), hbm=1.2))
-    assert "dclm-1b on 256 v6e chips is HBM-bound: 2,048 tokens a chip give" in first
+    assert "dclm-1b on 256 v6e chips is HBM-bound and ICI-bound: 2,048 tokens a chip give" in first
     assert "FLOP per byte of HBM where v6e needs 560" in first
     advised = re.search(r"use (\d+) \((\S+)\)", first)
     assert advised is not None
@@ -50,6 +50,13 @@ def test_too_many_chips() -> None:
 
 def test_links_that_bind_are_named() -> None:
     assert "is ICI-bound" in lines(found("dclm-1b", "v5e-256", Fixed(), exposed=0.2))[0]
+
+
+def test_traffic_that_the_compiler_overstates_is_noted_and_no_ground_for_advice() -> None:
+    search = found("dclm-7b", "v4-128", Fixed(), exposed=2.0, slice_count=4)
+    assert not any("ICI-bound" in line for line in lines(search))
+    assert any("ICI traffic is overstated" in note for note in result_of(search, "on_demand").notes)
+    assert not result_of(found("dclm-7b", "v4-8", Fixed("full"), slice_count=2), "on_demand").notes
 
 
 def test_settings_and_batches_that_would_fit() -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from model.flops import CHIPS, GIB
 from model.preflight.estimate import Estimate, estimate
 from model.preflight.prices import cost
+from model.preflight.roofline import Roofline
 from model.preflight.search import Search, Trial, score
 from model.preflight.settings import Fixed, Job, Setting, on_slice, settings_of
 from model.slices import SLICES, Generation, Slice
@@ -22,29 +23,35 @@ WELL_USED = 0.8  # computation's share of a step from which a slice suits the jo
 
 @dataclass(frozen=True)
 class Correction:
-    """Compiled over estimated, by quantity."""
+    """Compiled over estimated, by quantity: of memory for any chip, of traffic for chips of the generation compiled for."""
 
+    generation: Generation
     memory: float = 1.0
     hbm: float = 1.0
     ici: float = 1.0
+    ici_exposed: float | None = None  # share of the collectives; None leaves the estimate's
 
     @classmethod
-    def of(cls, trial: Trial) -> Correction:
+    def of(cls, trial: Trial, tpu_slice: Slice) -> Correction:
         """What one compiled step showed."""
         memory = (trial.hbm_bytes or trial.estimate.hbm_bytes) / trial.estimate.hbm_bytes
         if trial.outcome.facts is None:
-            return cls(memory=memory)
-        bounds = trial.outcome.facts.roofline
-        ici = bounds.ici_seconds / trial.estimate.ici_seconds if trial.estimate.ici_seconds else 1.0
-        return cls(memory, bounds.hbm_seconds / trial.estimate.hbm_seconds, ici)
+            return cls(tpu_slice.generation, memory)
+        bounds, made = trial.outcome.facts.roofline, trial.estimate
+        ici = bounds.ici_seconds / made.ici_seconds if made.ici_seconds else 1.0
+        exposed = bounds.exposed_ici_seconds / bounds.ici_seconds if bounds.ici_seconds else None
+        return cls(tpu_slice.generation, memory, bounds.hbm_seconds / made.hbm_seconds, ici, exposed)
 
-    def applied(self, made: Estimate) -> Estimate:
-        """The estimate, corrected."""
+    def applied(self, made: Estimate, generation: Generation) -> Estimate:
+        """The estimate for a chip of `generation`, corrected."""
+        made = replace(made, hbm_bytes=made.hbm_bytes * self.memory)
+        if generation != self.generation:
+            return made
         return replace(
             made,
-            hbm_bytes=made.hbm_bytes * self.memory,
             hbm_seconds=made.hbm_seconds * self.hbm,
             ici_seconds=made.ici_seconds * self.ici,
+            ici_exposed=made.ici_exposed if self.ici_exposed is None else self.ici_exposed,
         )
 
 
@@ -65,7 +72,7 @@ class Option:
 
 def advice(search: Search, chosen: Trial) -> Iterator[str]:
     """Sentences, the most important first."""
-    correction = Correction.of(chosen)
+    correction = Correction.of(chosen, search.tpu_slice)
     if search.best is None:
         yield from _does_not_fit(search, chosen, correction)
         return
@@ -117,7 +124,7 @@ def _largest_batch(search: Search, chosen: Trial, correction: Correction) -> int
     unit = search.num_chips // (setting.context * setting.tensor) * setting.microbatches
 
     def fits(units: int) -> bool:
-        made = correction.applied(estimate(job.with_batch(units * unit), search.tpu_slice, setting))
+        made = correction.applied(estimate(job.with_batch(units * unit), search.tpu_slice, setting), search.tpu_slice.generation)
         return made.hbm_bytes <= SAFE * search.usable
 
     low, high = 0, job.train.train_batch_size // unit
@@ -132,12 +139,15 @@ def _wrong_slice(search: Search, chosen: Trial, correction: Correction) -> Itera
     if facts is None or facts.roofline.compute_seconds >= WELL_USED * facts.roofline.step_seconds:
         return
     bounds, chip = facts.roofline, CHIPS[search.tpu_slice.generation]
-    limit = (_limit(chosen) if bounds.bound == "compute" else bounds.bound).upper()
+    limits = _limits(bounds)
     intensity, ridge = bounds.executed_flops_per_chip / bounds.hbm_bytes_per_chip, chip.bf16_flops / chip.hbm_bytes_per_second
+    tokens, bound_by = search.job.tokens_per_step / search.num_chips, " and ".join(f"{unit}-bound" for unit in limits)
     name, slices = search.tpu_slice.name, search.job.train.slice_count
+    if limits == ["ICI"] and slices > 1 and any(search.tpu_slice.wrap):
+        return  # the compiler overstates it then: see the note in `model.preflight.result`
     where = f"{search.num_chips} {search.tpu_slice.generation} chips" + (f" in {slices} slices" if slices > 1 else "")
     text = (
-        f"{search.job.name} on {where} is {limit}-bound: {search.job.tokens_per_step / search.num_chips:,.0f} tokens a chip give "
+        f"{search.job.name} on {where} is {bound_by}: {tokens:,.0f} tokens a chip give "
         f"{intensity:,.0f} FLOP per byte of HBM where {search.tpu_slice.generation} needs {ridge:,.0f}, and computation is "
         f"{bounds.compute_seconds / bounds.step_seconds:.0%} of the step"
     )
@@ -150,7 +160,7 @@ def _wrong_slice(search: Search, chosen: Trial, correction: Correction) -> Itera
     if fastest is not None:
         text += f"; use {fastest.tpu_slice.num_chips} ({fastest.tpu_slice.name}): {_worth(fastest)}"
     yield text
-    others = [option for option in _options(search.job, Correction(memory=correction.memory)) if option.well_used]
+    others = [option for option in _options(search.job, correction) if option.well_used and option.tpu_slice.name != name]
     if others:
         cheapest = min(others, key=lambda option: option.dollars)
         quickest = min(others, key=lambda option: option.estimate.step_seconds)
@@ -158,16 +168,14 @@ def _wrong_slice(search: Search, chosen: Trial, correction: Correction) -> Itera
             yield f"the {what} slice that computation bounds, by estimate: {option.tpu_slice.name}, {_worth(option)}"
 
 
-def _limit(chosen: Trial) -> str:
-    """Which unit takes the time that computation does not, where computation itself takes the most."""
-    assert chosen.outcome.facts is not None
-    bounds = chosen.outcome.facts.roofline
-    excess = {
-        "hbm": bounds.on_chip_seconds - bounds.compute_seconds,
-        "ici": bounds.exposed_ici_seconds + max(bounds.ici_seconds - bounds.exposed_ici_seconds - bounds.on_chip_seconds, 0.0),
-        "dcn": max(bounds.dcn_seconds - bounds.on_chip_seconds, 0.0),
-    }
-    return max(excess, key=lambda unit: excess[unit])
+def _limits(bounds: Roofline) -> list[str]:
+    """The units that need longer than computation does; where none alone does, the one that adds most to it."""
+    alone = {"HBM": bounds.hbm_seconds, "ICI": bounds.ici_seconds, "DCN": bounds.dcn_seconds}
+    longer = [unit for unit, seconds in alone.items() if seconds > bounds.compute_seconds]
+    if longer:
+        return longer
+    added = {"HBM": bounds.on_chip_seconds - bounds.compute_seconds, "ICI": bounds.exposed_ici_seconds}
+    return [max(added, key=lambda unit: added[unit])]
 
 
 def _worth(option: Option) -> str:
@@ -207,7 +215,7 @@ def _estimates(job: Job, tpu_slice: Slice, correction: Correction) -> dict[Setti
     except ValueError:
         return {}
     return {
-        setting: correction.applied(estimate(job, tpu_slice, setting))
+        setting: correction.applied(estimate(job, tpu_slice, setting), tpu_slice.generation)
         for setting in settings
         if math.log2(setting.microbatches).is_integer() and setting.context * setting.tensor <= 8
     }
