@@ -182,12 +182,12 @@ def main() -> int:
         return 0
     sys.path.insert(0, str(CHECKOUT))
     from model.preflight.compiler_flags import NONE, flag_choice
-    from model.presets import Job, job_named
+    from model.presets import job_named
     from model.slices import slice_named
 
-    job, tpu_slice = job_named("R1")[1], slice_named(arguments.slice)
+    job, tpu_slice = job_named("R1"), slice_named(arguments.slice)
     if arguments.layers:
-        job = Job(job.model.model_copy(update={"num_layers": arguments.layers}), job.train)
+        job = job.model_copy(update={"model": job.model.model_copy(update={"num_layers": arguments.layers})})
     theirs, versions = maxtext_figures(job, tpu_slice)
     columns = {
         "ours": our_figures(job, tpu_slice, flag_choice(tpu_slice.generation, 0).compared[0].options),

@@ -17,13 +17,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from model.config import AttentionBackend, LlamaConfig
+from model.attention_backend import choose_backend
+from model.config import LlamaConfig
 from model.context_parallel import context_size, restore_order, spread_order
-from model.flash_attention import FLASH_BLOCK_SIZE, flash_attention
-from model.splash_attention import SPLASH_MIN_BLOCK, splash_attention
-
-_MASKED = -1e30  # finite: a row that is masked whole gives numbers, not NaN
-FLASH_MIN_SEQ_LEN = 1024  # below it the plain form is as fast on CPU and its S x S scores are small
+from model.flash_attention import MASKED, flash_attention
+from model.splash_attention import splash_attention
 
 
 def attention(
@@ -59,27 +57,6 @@ def platform_of(mesh: Mesh | None) -> str:
     return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
-def choose_backend(config: LlamaConfig, seq_len: int, platform: str) -> AttentionBackend:
-    """The form that `attention` uses for sequences of `seq_len` tokens.
-
-    Raises:
-        ValueError: `config.attn_backend` asks for splash or flash, which do not take this length.
-    """
-    wanted = config.attn_backend if config.use_flash_attention else "plain"
-    fits = {"splash": seq_len % SPLASH_MIN_BLOCK == 0, "flash": seq_len % FLASH_BLOCK_SIZE == 0, "plain": True}
-    if wanted != "auto":
-        if not fits[wanted]:
-            unit = SPLASH_MIN_BLOCK if wanted == "splash" else FLASH_BLOCK_SIZE
-            raise ValueError(
-                f"model.attn_backend={wanted!r} takes sequences in multiples of {unit} tokens, not {seq_len}: "
-                f"change the length or use model.attn_backend='auto'"
-            )
-        return wanted
-    if platform == "tpu" and fits["splash"]:
-        return "splash"
-    return "flash" if seq_len >= FLASH_MIN_SEQ_LEN and fits["flash"] else "plain"
-
-
 def plain_attention(q_BHSK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array, segment_ids_BS: jax.Array | None = None) -> jax.Array:
     """Attention with the whole [B, H, S, S] score matrix in memory; the reference for every other form."""
     seq_len = q_BHSK.shape[2]
@@ -98,5 +75,5 @@ def masked_attention(q_BHSK: jax.Array, k_BGTK: jax.Array, v_BGTK: jax.Array, ma
     repeats = q_BHSK.shape[1] // k_BGTK.shape[1]
     k_BHTK, v_BHTK = (jnp.repeat(x, repeats, axis=1) for x in (k_BGTK, v_BGTK))
     scores = jnp.einsum("bhsk,bhtk->bhst", q_BHSK, k_BHTK, preferred_element_type=jnp.float32) / math.sqrt(q_BHSK.shape[-1])
-    probabilities = jax.nn.softmax(jnp.where(mask_BST[:, None], scores, _MASKED), axis=-1)
+    probabilities = jax.nn.softmax(jnp.where(mask_BST[:, None], scores, MASKED), axis=-1)
     return jnp.einsum("bhst,bhtk->bhsk", probabilities.astype(v_BHTK.dtype), v_BHTK)

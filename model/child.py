@@ -1,4 +1,4 @@
-"""What a child process owes its parent: die with it, and speak in JSON lines."""
+"""What a child process and its parent owe each other: the same code, an end together, and JSON lines."""
 
 from __future__ import annotations
 
@@ -7,11 +7,31 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
 STOPPED = 75  # exit status of a child that saved and stopped because it was asked to (EX_TEMPFAIL: try again)
 PARENT_VARIABLE = "PREFECT_LLAMA_PARENT_PID"
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+def child_environment() -> dict[str, str]:
+    """This process's environment for a child: it imports the same code, modules beside an experiment's file too, and knows its parent."""
+    path = os.pathsep.join(dict.fromkeys([str(CHECKOUT), *filter(None, sys.path)]))
+    return {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path, PARENT_VARIABLE: str(os.getpid())}
+
+
+def events(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """The JSON objects among a child's lines; anything else a library printed."""
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(event, dict):
+            yield event
 
 
 def die_with_parent() -> None:

@@ -7,13 +7,14 @@ Field names are those of Levanter's LlamaConfig, so that experiment scripts port
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field, model_validator
 
 from model.config_base import Config, runtime
 
 RematPolicy = Literal["none", "save_all", "save_qkv_attn", "save_attn", "full"]
+REMAT_POLICIES: tuple[RematPolicy, ...] = get_args(RematPolicy)  # from the least work to the least memory
 AttentionBackend = Literal["splash", "flash", "plain"]
 QuantizedDtype = Literal["int8", "fp8"]
 

@@ -14,10 +14,10 @@ import math
 import jax
 import jax.numpy as jnp
 
-FLASH_BLOCK_SIZE = 512  # tokens in one block of queries or keys
+from model.attention_backend import FLASH_BLOCK_SIZE
 
 # Finite, so that a row whose keys seen so far are all masked gives exp(0), which later blocks scale to zero, and not NaN.
-_MASKED = -1e30
+MASKED = -1e30
 
 
 def flash_attention(
@@ -60,12 +60,13 @@ def _query_block(q_BGRSK: jax.Array, k_BGTK: jax.Array, v_BGTK: jax.Array, q_seg
 
     @jax.checkpoint
     def key_block(carry: tuple[jax.Array, jax.Array, jax.Array], keys: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, ...], None]:
+        """The running maximum, normaliser and output with one more block of keys."""
         maximum, normaliser, output = carry
         k, v, segments, index = keys
         causal = query_positions[:, None] >= index * block + jnp.arange(block)
         mask = causal & (q_segments_BS[:, :, None] == segments[:, None, :])
         scores = jnp.einsum("bgrsk,bgtk->bgrst", q_BGRSK, k, preferred_element_type=jnp.float32) / math.sqrt(q_BGRSK.shape[-1])
-        scores = jnp.where(mask[:, None, None], scores, _MASKED)
+        scores = jnp.where(mask[:, None, None], scores, MASKED)
         # The result does not depend on the maximum, so no gradient need flow through it.
         new_maximum = jax.lax.stop_gradient(jnp.maximum(maximum, scores.max(axis=-1)))
         weights = jnp.exp(scores - new_maximum[..., None])
@@ -76,7 +77,7 @@ def _query_block(q_BGRSK: jax.Array, k_BGTK: jax.Array, v_BGTK: jax.Array, q_seg
     zeros = jnp.zeros(q_BGRSK.shape[:-1], jnp.float32)
     blocks = functools.partial(_blocks_first, block=block)
     keys = (blocks(k_BGTK, axis=2), blocks(v_BGTK, axis=2), blocks(k_segments_BT, axis=1), jnp.arange(start // block + 1))
-    carry = (zeros + _MASKED, zeros, jnp.zeros(q_BGRSK.shape, jnp.float32))
+    carry = (zeros + MASKED, zeros, jnp.zeros(q_BGRSK.shape, jnp.float32))
     (_, normaliser, output), _ = jax.lax.scan(key_block, carry, keys)
     return (output / normaliser[..., None]).astype(q_BGRSK.dtype)
 

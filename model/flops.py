@@ -136,10 +136,12 @@ class _LayerFlops:
 
     @property
     def linear(self) -> float:
+        """All products with weights."""
         return self.qkv + self.output + self.gate_up + self.down
 
     @staticmethod
     def of(config: LlamaConfig, seq_len: int) -> _LayerFlops:
+        """Those of a model on sequences of `seq_len` tokens."""
         width, head = config.hidden_dim, config.head_size
         return _LayerFlops(
             qkv=2.0 * width * (config.num_heads + 2 * config.num_kv_heads) * head,

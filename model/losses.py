@@ -47,6 +47,7 @@ class _Plan:
     z_loss_weight: float
     chunk_size: int
     vocab_size: int  # columns of the head from here up are padding
+    has_padding: bool
     logit_soft_cap: float | None
     gradient_dtype: DTypeLike  # in which the parts of the head's gradient cross between devices
     mesh: Mesh | None
@@ -99,7 +100,7 @@ def next_token_loss(
     if chunk_size < 1:
         raise ValueError(f"model.cross_entropy_block_size={chunk_size}: use at least one token per chunk")
     vocab_size = head_DV.shape[1] if vocab_size is None else vocab_size
-    plan = _Plan(z_loss_weight, chunk_size, vocab_size, logit_soft_cap, gradient_dtype, mesh)
+    plan = _Plan(z_loss_weight, chunk_size, vocab_size, vocab_size < head_DV.shape[1], logit_soft_cap, gradient_dtype, mesh)
     if mesh is not None:
         plan = _split(plan, mesh, hidden_BSD.shape, head_DV.shape)
     return _fused_loss(plan, hidden_BSD, head_DV, targets_BS, loss_weights_BS.astype(jnp.float32))
@@ -216,12 +217,15 @@ def _chunk_loss(plan: _Plan, x_CD: jax.Array, head_DV: jax.Array, targets_C: jax
     columns_V = jnp.arange(raw_CV.shape[1])
     if axis:
         columns_V = columns_V + raw_CV.shape[1] * jax.lax.axis_index(axis)
-    known_V = columns_V < plan.vocab_size
-    maximum_C = jnp.where(known_V, logits_CV, -jnp.inf).max(axis=-1)
+    here_CV = targets_C[:, None] == columns_V
+    known_CV = logits_CV
+    if plan.has_padding:
+        known_V = columns_V < plan.vocab_size
+        known_CV, here_CV = jnp.where(known_V, logits_CV, -jnp.inf), here_CV & known_V
+    maximum_C = known_CV.max(axis=-1)
     if axis:
         maximum_C = jax.lax.pmax(maximum_C, axis)
-    exponentials_CV = jnp.where(known_V, jnp.exp(logits_CV - maximum_C[:, None]), 0.0)
-    here_CV = known_V & (targets_C[:, None] == columns_V)
+    exponentials_CV = jnp.exp(known_CV - maximum_C[:, None])
     partial = (exponentials_CV.sum(axis=-1), jnp.where(here_CV, logits_CV, 0.0).sum(axis=-1), here_CV.any(axis=-1).astype(jnp.int32))
     normaliser_C, target_logit_C, found_C = jax.lax.psum(partial, axis) if axis else partial
 

@@ -64,11 +64,6 @@ def num_slices(devices: Sequence[Any]) -> int:
     return len({getattr(device, "slice_index", 0) or 0 for device in devices})
 
 
-def fsdp_size(mesh: Mesh) -> int:
-    """Devices that a weight is split over."""
-    return mesh.shape["fsdp"] * mesh.shape["fsdp_ring"]
-
-
 def _ring_size(devices: Sequence[Any], fsdp: int, *, alone: bool) -> int:
     """Length of `fsdp_ring`: the last dimension of a three-dimensional torus that `fsdp` fills alone, else 1."""
     if not alone or getattr(devices[0], "platform", "") != "tpu":

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from model.config import LlamaConfig, RopeConfig
 from model.config_base import nearest
+from model.preflight.settings import Job
 from model.train_config import SimpleTrainConfig
 
 MODELS: dict[str, LlamaConfig] = {
@@ -30,23 +29,16 @@ MODELS: dict[str, LlamaConfig] = {
 LLAMA3_VOCABULARY = 128_256
 
 
-@dataclass(frozen=True)
-class Job:
-    """A model with its vocabulary, and how it is trained; on which chips is said where it runs."""
-
-    model: LlamaConfig
-    train: SimpleTrainConfig
-
-
 def _shape(name: str, vocab_size: int, batch_size: int, steps: int, learning_rate: float) -> Job:
     train = SimpleTrainConfig(train_batch_size=batch_size, num_train_steps=steps, learning_rate=learning_rate, z_loss_weight=1e-4)
-    return Job(MODELS[name].with_vocab(vocab_size), train)
+    return Job(name=name, model=MODELS[name].with_vocab(vocab_size), train=train)
 
 
 JOBS: dict[str, Job] = {
     # The baselines of DataComp-LM (Li et al. 2024) as Marin trains them, here with Llama 3's vocabulary.
     "dclm-1b": Job(
-        LlamaConfig(
+        name="dclm-1b",
+        model=LlamaConfig(
             seq_len=2048,
             hidden_dim=2048,
             intermediate_dim=8192,
@@ -55,7 +47,7 @@ JOBS: dict[str, Job] = {
             num_layers=24,
             vocab_size=LLAMA3_VOCABULARY,
         ),
-        SimpleTrainConfig(
+        train=SimpleTrainConfig(
             train_batch_size=256,
             num_train_steps=54_931,
             learning_rate=3e-3,
@@ -66,7 +58,8 @@ JOBS: dict[str, Job] = {
         ),
     ),
     "dclm-7b": Job(
-        LlamaConfig(
+        name="dclm-7b",
+        model=LlamaConfig(
             seq_len=2048,
             hidden_dim=4096,
             intermediate_dim=11_008,
@@ -75,7 +68,7 @@ JOBS: dict[str, Job] = {
             num_layers=32,
             vocab_size=LLAMA3_VOCABULARY,
         ),
-        SimpleTrainConfig(
+        train=SimpleTrainConfig(
             train_batch_size=2048,
             num_train_steps=33_379,  # 140 billion tokens
             learning_rate=2e-3,
@@ -92,8 +85,8 @@ JOBS: dict[str, Job] = {
 _SHORT = {"r1": "dclm-1b", "r7": "dclm-7b"}
 
 
-def job_named(name: str) -> tuple[str, Job]:
-    """A job of `JOBS` with its full name; "R1" and "R7" stand for "dclm-1b" and "dclm-7b", and case does not matter.
+def job_named(name: str) -> Job:
+    """A job of `JOBS`; "R1" and "R7" stand for "dclm-1b" and "dclm-7b", and case does not matter.
 
     Raises:
         ValueError: there is none; names the nearest one.
@@ -102,4 +95,4 @@ def job_named(name: str) -> tuple[str, Job]:
     wanted = _SHORT.get(wanted, wanted)
     if wanted not in JOBS:
         raise ValueError(f"unknown job {name!r}{nearest(wanted, list(JOBS))}; the jobs are {', '.join(JOBS)}")
-    return wanted, JOBS[wanted]
+    return JOBS[wanted]

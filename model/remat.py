@@ -16,13 +16,11 @@ From the least memory to the least work, with what the policy keeps of each toke
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar, get_args
+from typing import ParamSpec, TypeVar
 
 import jax
 
 from model.config import RematPolicy
-
-REMAT_POLICIES: tuple[RematPolicy, ...] = get_args(RematPolicy)
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")

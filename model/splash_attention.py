@@ -20,14 +20,10 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from model.attention_backend import SPLASH_MIN_BLOCK, splash_block_size
 from model.context_parallel import context_size, restore_order, spread_order
 from model.partitioning import spec
 from model.remat import ATTENTION_RESIDUAL
-
-SPLASH_MIN_BLOCK = 128  # lanes of a vector register: the smallest block of the kernel
-# Tokens in a block by head width. Blocks of 512 compute 10/16 of the square at 2048 tokens, of 256 9/16 and of 1024 12/16, and
-# read keys and values half as often as 256. A wider head takes as much fast memory in smaller blocks.
-SPLASH_BLOCKS = {64: 512, 128: 512, 256: 256}
 
 
 def splash_attention(
@@ -98,8 +94,7 @@ def _kernel(
     num_heads: int, seq_len: int, head_size: int, shards: int, block_size: int | None, interpret: bool
 ) -> splash.SplashAttentionKernel:
     local = seq_len // shards
-    wanted = block_size or SPLASH_BLOCKS.get(head_size, 256)
-    block = next((size for size in (wanted, 512, 256, SPLASH_MIN_BLOCK) if size <= local and local % size == 0), None)
+    block = splash_block_size(local, head_size, block_size)
     if block is None:
         raise ValueError(
             f"{local} tokens a chip (sequence {seq_len} over train.context_parallel_size={shards}) are no multiple of {SPLASH_MIN_BLOCK}: "

@@ -6,18 +6,15 @@ it needs to save.
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from model.child import PARENT_VARIABLE
+from model.child import child_environment, events
 
 SAVE_SECONDS = 25.0  # what a preempted Cloud TPU VM grants, less some
 
@@ -41,7 +38,6 @@ def run_child(module: str, arguments: list[str], on_event: Callable[[dict[str, A
         ChildFailed: with the message of its `{"event": "error"}` line, or its last words on standard error.
         ChildStopped: it ended with `stopped_status`, or was stopped by `stop_children`.
     """
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": _import_path(), PARENT_VARIABLE: str(os.getpid())}
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as stderr:
         # A session of its own: Ctrl-C in the terminal reaches the flow alone, which then asks the child once.
         process = subprocess.Popen(
@@ -49,7 +45,7 @@ def run_child(module: str, arguments: list[str], on_event: Callable[[dict[str, A
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
-            env=environment,
+            env=child_environment(),
             start_new_session=True,
         )
         with _lock:
@@ -75,13 +71,7 @@ def _follow(process: subprocess.Popen[str], on_event: Callable[[dict[str, Any]],
     """Reads the child's lines until it ends; the message of its error event, if it sent one."""
     error: str | None = None
     assert process.stdout is not None
-    for line in process.stdout:
-        try:
-            event = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # a library printed something
-        if not isinstance(event, dict):
-            continue
+    for event in events(process.stdout):
         if event.get("event") == "error":
             error = str(event.get("message"))
         on_event(event)
@@ -96,12 +86,6 @@ def _last_words(module: str, status: int, stderr: Any) -> str:
         return f"{module} was killed by the system, most often for using too much memory: use a smaller model, batch or sequence. {tail}"
     how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
     return f"{module} ended with {how}: {tail or 'it printed no error'}"
-
-
-def _import_path() -> str:
-    """This process's own path with the checkout first: a child imports the same code, modules beside an experiment's file too."""
-    checkout = str(Path(__file__).resolve().parent.parent)
-    return os.pathsep.join(dict.fromkeys([checkout, *filter(None, sys.path)]))
 
 
 def _stop(process: subprocess.Popen[str]) -> None:

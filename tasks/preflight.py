@@ -6,7 +6,6 @@ check_accelerator(name, model, train)                 # raises where the job can
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from model.child import PARENT_VARIABLE
+from model.child import child_environment
 from model.config import LlamaConfig
 from model.durable import write_json
 from model.train_config import SimpleTrainConfig
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from model.preflight.result import Preflight
 
 _FITS, _DOES_NOT_FIT = 0, 3
-_CHECKOUT = Path(__file__).resolve().parent.parent
 
 
 class DoesNotFit(ValueError):
@@ -63,7 +61,7 @@ def _run(arguments: list[str], tell: Callable[[str], None]) -> str:
     Raises:
         ValueError: it named an error.
     """
-    environment = {**os.environ, "PYTHONPATH": str(_CHECKOUT), PARENT_VARIABLE: str(os.getpid()), "COLUMNS": "500"}
+    environment = child_environment() | {"COLUMNS": "500"}
     command = [sys.executable, "-m", "model.preflight", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
         said: list[str] = []

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from model import child
 from model.preflight import cache, compiler
 from model.preflight.compiler import CompilerCrash, compile_order
 from model.preflight.facts import CompileOrder, CompileOutcome
@@ -109,7 +110,7 @@ def test_a_compiler_that_dies_is_an_error_with_its_last_words(tmp_path: Path, mo
         (place / "__init__.py").write_text("")
     (package / "compile_step.py").write_text("import os, sys\nprint('F1234 check failed', file=sys.stderr, flush=True)\nos.abort()\n")
     monkeypatch.setattr(compiler, "check_compiler", lambda: None)
-    monkeypatch.setattr(compiler, "CHECKOUT", tmp_path)
+    monkeypatch.setattr(child, "CHECKOUT", tmp_path)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CompilerCrash, match=r"(?s)signal 6.*check failed"):
         compile_order(order())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from model.attention_backend import choose_backend
 from model.flops import GIB
-from model.preflight.estimate import attention_on_tpu, estimate, kept_numbers
+from model.preflight.estimate import estimate, kept_numbers
 from model.preflight.settings import Job, Setting, replace_train
 from model.presets import JOBS
 from model.slices import slice_named
@@ -70,8 +71,8 @@ def test_few_tokens_a_chip_are_bound_by_hbm() -> None:
 
 def test_which_attention() -> None:
     model = JOBS["dclm-1b"].model
-    assert attention_on_tpu(model, 2048) == "splash"
-    assert attention_on_tpu(model, 2000) == "plain"
-    assert attention_on_tpu(model.model_copy(update={"use_flash_attention": False}), 2048) == "plain"
-    assert attention_on_tpu(model.model_copy(update={"attn_backend": "flash"}), 2048) == "flash"
+    assert choose_backend(model, 2048, "tpu") == "splash"
+    assert choose_backend(model, 2000, "tpu") == "plain"
+    assert choose_backend(model.model_copy(update={"use_flash_attention": False}), 2048, "tpu") == "plain"
+    assert choose_backend(model.model_copy(update={"attn_backend": "flash"}), 2048, "tpu") == "flash"
     assert kept_numbers(model, "full") == 2048

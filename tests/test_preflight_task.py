@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from model import child
 from model.preflight import cache
 from model.preflight.compiler import Compiled
 from model.preflight.facts import CompileOrder, CompileOutcome
@@ -157,7 +158,7 @@ def test_the_training_task_refuses_before_it_starts_a_trainer(tmp_path: Path, mo
 
 
 def test_an_error_of_the_command_is_told_in_its_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(preflight_task, "_CHECKOUT", tmp_path)
+    monkeypatch.setattr(child, "CHECKOUT", tmp_path)
     package = tmp_path / "model" / "preflight"
     package.mkdir(parents=True)
     (tmp_path / "model" / "__init__.py").write_text("")

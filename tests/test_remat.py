@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.config import LlamaConfig, RematPolicy
+from model.config import REMAT_POLICIES, LlamaConfig, RematPolicy
 from model.llama import hidden_states, init_params
-from model.remat import REMAT_POLICIES
 
 TOKENS = jax.random.randint(jax.random.key(1), (2, 64), 0, 60)
 

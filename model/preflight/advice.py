@@ -91,10 +91,9 @@ def _does_not_fit(search: Search, chosen: Trial, correction: Correction) -> Iter
     yield f"{chosen.setting} needs {needed} of {search.usable / GIB:.2f} GiB usable HBM per chip of {search.tpu_slice.name}"
     job, room = search.job, SAFE * search.usable
     free = _estimates(job, search.tpu_slice, correction)
-    fitting = {setting: made for setting, made in free.items() if made.hbm_bytes <= room}
-    if fitting:
-        best = min(fitting, key=lambda setting: score(setting, fitting[setting]))
-        yield f"it would fit with {_flags(best, job)}: about {fitting[best].hbm_bytes / GIB:.1f} GiB, by estimate"
+    best = _fastest(free, room)
+    if best is not None:
+        yield f"it would fit with {_flags(best, job)}: about {free[best].hbm_bytes / GIB:.1f} GiB, by estimate"
     batch = _largest_batch(search, chosen, correction)
     if batch is not None:
         yield f"with {chosen.setting} the largest batch that fits is about {batch} sequences: --batch {batch}, by estimate"
@@ -102,8 +101,14 @@ def _does_not_fit(search: Search, chosen: Trial, correction: Correction) -> Iter
     if roomier:
         names = ", ".join(f"{option.tpu_slice.name} ({option.setting})" for option in roomier)
         yield f"the smallest slices that would hold it, by estimate: {names}"
-    elif not fitting:
+    elif best is None:
         yield "no slice of the catalogue would hold it with one sequence per chip: shorten the sequence or make the model smaller"
+
+
+def _fastest(estimates: dict[Setting, Estimate], room: float) -> Setting | None:
+    """Of the settings that need no more than `room` bytes; None where none does."""
+    fitting = [setting for setting, made in estimates.items() if made.hbm_bytes <= room]
+    return min(fitting, key=lambda setting: score(setting, estimates[setting]), default=None)
 
 
 def _flags(setting: Setting, job: Job) -> str:
@@ -190,12 +195,10 @@ def _options(job: Job, correction: Correction, generation: Generation | None = N
             continue
         moved = on_slice(job, tpu_slice.name)
         made = _estimates(moved, tpu_slice, correction)
-        room = SAFE * CHIPS[tpu_slice.generation].usable_hbm_bytes
-        fitting = {setting: one for setting, one in made.items() if one.hbm_bytes <= room}
-        if fitting:
-            best = min(fitting, key=lambda setting: score(setting, fitting[setting]))
-            hours = fitting[best].step_seconds * job.train.num_train_steps / 3600
-            yield Option(tpu_slice, best, fitting[best], cost(tpu_slice, 1, hours).dollars)
+        best = _fastest(made, SAFE * CHIPS[tpu_slice.generation].usable_hbm_bytes)
+        if best is not None:
+            hours = made[best].step_seconds * job.train.num_train_steps / 3600
+            yield Option(tpu_slice, best, made[best], cost(tpu_slice, 1, hours).dollars)
 
 
 def _smallest_that_fit(job: Job, correction: Correction) -> Iterable[Option]:

@@ -65,16 +65,16 @@ class Arguments:
 def run(arguments: Sequence[str]) -> int:
     """Runs one command line; returns the exit status."""
     try:
-        name, job, rest = _chosen_job(list(arguments))
+        job, rest = _chosen_job(list(arguments))
         flags = tyro.cli(
             Arguments,
             args=rest,
             default=Arguments(model=job.model, train=job.train),
-            prog=f"python -m model.preflight {name}",
+            prog=f"python -m model.preflight {job.name}",
             description="Compile a train step for a TPU slice without one: does it fit, how fast can it be, what does it cost.",
             config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
         )
-        return _preflight(_job(name, flags), flags)
+        return _preflight(_job(job.name, flags), flags)
     except ValidationError as error:
         for problem in error.errors(include_url=False):
             where = ".".join(str(part) for part in problem["loc"])
@@ -88,7 +88,7 @@ def run(arguments: Sequence[str]) -> int:
         return USAGE
 
 
-def _chosen_job(arguments: list[str]) -> tuple[str, Job, list[str]]:
+def _chosen_job(arguments: list[str]) -> tuple[Job, list[str]]:
     """The job that the first argument names, or `--job FILE` holds, and the other arguments."""
     if "--job" in arguments:
         if PARENT_VARIABLE in os.environ:
@@ -97,13 +97,11 @@ def _chosen_job(arguments: list[str]) -> tuple[str, Job, list[str]]:
         if place + 1 == len(arguments):
             raise ValueError("--job needs a file: JSON with name, model and train")
         job = Job.model_validate_json(Path(arguments[place + 1]).read_text(encoding="utf-8"))
-        return job.name, job, arguments[:place] + arguments[place + 2 :]
+        return job, arguments[:place] + arguments[place + 2 :]
     if arguments and not arguments[0].startswith("-"):
-        name, preset = job_named(arguments[0])
-        return name, Job(name=name, model=preset.model, train=preset.train), arguments[1:]
+        return job_named(arguments[0]), arguments[1:]
     if {"-h", "--help"} & set(arguments):
-        name = next(iter(JOBS))
-        return name, Job(name=name, model=JOBS[name].model, train=JOBS[name].train), arguments
+        return next(iter(JOBS.values())), arguments
     raise ValueError(f"which job? python -m model.preflight PRESET --accelerator v4-128; the presets are {', '.join(JOBS)}")
 
 

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
-from model.child import PARENT_VARIABLE
+from model.child import child_environment, events
 from model.durable import write_json
 from model.preflight import cache
 from model.preflight.facts import CompileOrder, CompileOutcome
 from model.preflight.topology import check_compiler
-
-CHECKOUT = Path(__file__).resolve().parent.parent.parent
 
 
 class CompilerCrash(RuntimeError):
@@ -58,18 +54,13 @@ def _in_child(order: CompileOrder, on_stage: Callable[[str], None]) -> CompileOu
     with tempfile.TemporaryDirectory(prefix="preflight-") as directory:
         path = Path(directory) / "order.json"
         write_json(path, order.model_dump(mode="json"))
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(CHECKOUT), *filter(None, sys.path)]),
-            PARENT_VARIABLE: str(os.getpid()),
-        }
         with (Path(directory) / "stderr").open("w+", encoding="utf-8", errors="replace") as stderr:
             with subprocess.Popen(
                 [sys.executable, "-m", "model.preflight.compile_step", str(path)],
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 text=True,
-                env=environment,
+                env=child_environment(),
             ) as process:
                 try:
                     outcome = _follow(process, on_stage)
@@ -84,8 +75,7 @@ def _in_child(order: CompileOrder, on_stage: Callable[[str], None]) -> CompileOu
 def _follow(process: subprocess.Popen[str], on_stage: Callable[[str], None]) -> CompileOutcome | None:
     outcome: CompileOutcome | None = None
     assert process.stdout is not None
-    for line in process.stdout:
-        event = _event(line)
+    for event in events(process.stdout):
         kind = event.pop("event", None)
         if kind == "stage":
             on_stage(str(event["name"]))
@@ -95,15 +85,6 @@ def _follow(process: subprocess.Popen[str], on_stage: Callable[[str], None]) -> 
             outcome = CompileOutcome.model_validate(event)
     process.wait()
     return outcome
-
-
-def _event(line: str) -> dict[str, Any]:
-    """A JSON object on a line of its own; anything else a library printed."""
-    try:
-        event = json.loads(line)
-    except json.JSONDecodeError:
-        return {}
-    return event if isinstance(event, dict) else {}
 
 
 def _last_words(status: int, stderr: TextIO) -> str:

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from model.config import AttentionBackend, LlamaConfig, RematPolicy
+from model.attention_backend import choose_backend
+from model.config import LlamaConfig, RematPolicy
 from model.flops import CHIPS, Chip, executed_flops_per_token, num_parameters, train_flops_per_token
 from model.preflight.settings import Job, Setting
 from model.slices import Slice
 
-_BYTES = {"bfloat16": 2, "float32": 4}
 _ICI_EXPOSED = {"v4": 0.15, "v5p": 0.15, "v5e": 0.6, "v6e": 0.6}  # fitted: a plane has no ring left to scatter gradients on
 _OPTIMIZER_BYTES = 28  # of a parameter, read and written: weight, two moments, gradient
 
@@ -65,16 +65,7 @@ def estimate(job: Job, tpu_slice: Slice, setting: Setting) -> Estimate:
 
 
 def _executed(job: Job, setting: Setting) -> float:
-    return executed_flops_per_token(job.model, job.seq_len, remat=setting.remat, attention=attention_on_tpu(job.model, job.seq_len))
-
-
-def attention_on_tpu(model: LlamaConfig, seq_len: int) -> AttentionBackend:
-    """The form that the model would choose on TPU; `model.attention` decides, and needs JAX to say so."""
-    if not model.use_flash_attention:
-        return "plain"
-    if model.attn_backend != "auto":
-        return model.attn_backend
-    return "splash" if seq_len % 128 == 0 else "plain"
+    return executed_flops_per_token(job.model, job.seq_len, remat=setting.remat, attention=choose_backend(job.model, job.seq_len, "tpu"))
 
 
 def kept_numbers(model: LlamaConfig, remat: RematPolicy) -> float:
@@ -98,12 +89,12 @@ def _numbers(model: LlamaConfig, remat: RematPolicy, tensor: int) -> float:
 
 
 def _memory(job: Job, setting: Setting, split: int, tokens_at_once: float) -> float:
-    model, number, tensor = job.model, _BYTES[job.train.compute_dtype], setting.tensor
+    model, number, tensor = job.model, job.compute_bytes, setting.tensor
     state = 12 * num_parameters(model) / split
     gradients = (4 if setting.microbatches == 1 else 8) * num_parameters(model) / split
     stacks = 1.1 * model.num_layers * tokens_at_once * _numbers(model, setting.remat, tensor) * number  # fitted
     one_layer = tokens_at_once * _numbers(model, "none", tensor) * number
-    if attention_on_tpu(model, job.seq_len) == "plain":
+    if choose_backend(model, job.seq_len, "tpu") == "plain":
         one_layer += tokens_at_once * model.num_heads * job.seq_len * 8  # scores and their gradient
     gathered = 4 * number * _layer_parameters(model) / tensor  # this layer's, the next one's, and their gradients
     table = model.hidden_dim * model.padded_vocab_size / tensor
@@ -119,7 +110,7 @@ def _layer_parameters(model: LlamaConfig) -> float:
 
 def _hbm_traffic(job: Job, setting: Setting, split: int, tokens: float) -> float:
     """Bytes: weights gathered and read in each pass, activations written and read, the optimizer."""
-    model, number = job.model, _BYTES[job.train.compute_dtype]
+    model, number = job.model, job.compute_bytes
     parameters = num_parameters(model)
     weights = 12 * setting.microbatches * parameters / setting.tensor
     activations = 12 * number * tokens * model.num_layers * _numbers(model, "save_all", setting.tensor)  # fitted
@@ -132,7 +123,7 @@ def _hbm_traffic(job: Job, setting: Setting, split: int, tokens: float) -> float
 
 def _ici_traffic(job: Job, setting: Setting, split: int) -> float:
     """Bytes one chip sends: weights gathered twice and gradients scattered once in every microbatch, activations over `tensor`."""
-    model, number = job.model, _BYTES[job.train.compute_dtype]
+    model, number = job.model, job.compute_bytes
     if split == 1:
         return 0.0
     weights = 3 * number * setting.microbatches * num_parameters(model) / setting.tensor
@@ -145,7 +136,7 @@ def _ici_traffic(job: Job, setting: Setting, split: int) -> float:
 def _dcn_traffic(job: Job, split: int) -> float:
     """Bytes one chip sends to other slices: its part of the gradients, all-reduced."""
     slices = job.train.slice_count
-    return 2 * (slices - 1) / slices * _BYTES[job.train.compute_dtype] * num_parameters(job.model) / split
+    return 2 * (slices - 1) / slices * job.compute_bytes * num_parameters(job.model) / split
 
 
 def _ici_rate(chip: Chip, tpu_slice: Slice) -> float:

@@ -55,12 +55,11 @@ def summary_lines(found: Preflight) -> list[str]:
 
 def choice_rows(found: Preflight) -> list[tuple[str, str]]:
     """What runs, and how."""
-    mesh = " x ".join(f"{name} {size}" for name, size in found.mesh.items() if size > 1) or "one device"
     return [
         ("batch", f"{found.train_batch_size} sequences of {found.seq_len} tokens, {found.num_train_steps:,} steps"),
         ("remat", found.remat),
         ("microbatches", str(found.microbatches)),
-        ("mesh", mesh),
+        ("mesh", _mesh(found)),
         ("compiler options", f"{found.flags}" + (f" ({len(found.compiler_options)} options)" if found.compiler_options else "")),
         *([("attention", found.attention)] if found.attention else []),
     ]
@@ -112,8 +111,11 @@ def _cost(found: Preflight) -> str:
 
 
 def _setting(found: Preflight) -> str:
-    mesh = " x ".join(f"{name} {size}" for name, size in found.mesh.items() if size > 1) or "one device"
-    return f"remat {found.remat}, {found.microbatches} microbatch(es), mesh {mesh}, compiler options {found.flags}"
+    return f"remat {found.remat}, {found.microbatches} microbatch(es), mesh {_mesh(found)}, compiler options {found.flags}"
+
+
+def _mesh(found: Preflight) -> str:
+    return " x ".join(f"{name} {size}" for name, size in found.mesh.items() if size > 1) or "one device"
 
 
 def _memory_bar(found: Preflight) -> str:

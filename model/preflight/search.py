@@ -159,8 +159,7 @@ class Search:
 
     def _flag_choice(self, setting: Setting) -> FlagChoice:
         tokens_at_once = self.job.tokens_per_step / self.num_chips / setting.microbatches
-        bytes_each = 2 if self.job.train.compute_dtype == "bfloat16" else 4
-        return flag_choice(self.tpu_slice.generation, tokens_at_once * self.job.model.intermediate_dim * bytes_each)
+        return flag_choice(self.tpu_slice.generation, tokens_at_once * self.job.model.intermediate_dim * self.job.compute_bytes)
 
     def _trial(self, setting: Setting, flag_set: FlagSet, estimated: Estimate) -> Trial:
         job = setting.applied(self.job, self.num_chips)

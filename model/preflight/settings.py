@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import get_args
 
 from model.batch_arithmetic import BatchArithmetic, check_tensor_split
-from model.config import LlamaConfig, RematPolicy
+from model.config import REMAT_POLICIES, LlamaConfig, RematPolicy
 from model.config_base import Config
 from model.slices import Slice
 from model.train_config import SimpleTrainConfig
 
-_REMAT_POLICIES: tuple[RematPolicy, ...] = get_args(RematPolicy)  # from the least work to the least memory
 SMALLEST_SEQUENCE_SHARD = 256  # tokens of one sequence on one chip: two blocks of the attention kernel
 
 
@@ -32,6 +30,16 @@ class Job(Config):
     def tokens_per_step(self) -> int:
         """Tokens of the global batch."""
         return self.train.train_batch_size * self.seq_len
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of a number in the compute dtype."""
+        return 2 if self.train.compute_dtype == "bfloat16" else 4
+
+    @property
+    def data(self) -> int:
+        """Copies of the weights: at least one a slice."""
+        return max(self.train.data_parallel_size, self.train.slice_count)
 
     def with_batch(self, train_batch_size: int) -> Job:
         """The same job with another global batch."""
@@ -54,13 +62,7 @@ class Setting:
         Raises:
             ValueError: the batch does not divide over the chips this way.
         """
-        whole = replace_train(
-            job,
-            data_parallel_size=self.data,
-            context_parallel_size=self.context,
-            tensor_parallel_size=self.tensor,
-            per_device_parallelism=-1,
-        )
+        whole = _split(job, self.data, self.context, self.tensor)
         rows = BatchArithmetic.of(whole.train, num_chips).per_device
         if rows % self.microbatches:
             raise ValueError(
@@ -105,7 +107,7 @@ def settings_of(job: Job, tpu_slice: Slice, fixed: Fixed) -> list[Setting]:
     Raises:
         ValueError: none does; names the field, its value and values that would do.
     """
-    data = max(job.train.data_parallel_size, job.train.slice_count)
+    data = job.data
     if data % job.train.slice_count:
         raise ValueError(
             f"train.data_parallel_size={data} is not a multiple of train.slice_count={job.train.slice_count}: weights are replicated "
@@ -117,15 +119,15 @@ def settings_of(job: Job, tpu_slice: Slice, fixed: Fixed) -> list[Setting]:
     for context, tensor in _splits(job, num_chips // data):
         try:
             check_tensor_split(job.model, tensor)
-            rows = _rows(job, num_chips, data, context, tensor)
+            rows = BatchArithmetic.of(_split(job, data, context, tensor).train, num_chips).per_device
         except ValueError as error:
             refused = refused or error
             continue
         for microbatches in divisors(rows) if fixed.microbatches is None else [fixed.microbatches]:
-            for remat in _REMAT_POLICIES if fixed.remat is None else (fixed.remat,):
-                setting = Setting(remat, microbatches, data, context, tensor)
-                setting.applied(job, num_chips)
-                found.append(setting)
+            policies = REMAT_POLICIES if fixed.remat is None else (fixed.remat,)
+            same_batch = [Setting(remat, microbatches, data, context, tensor) for remat in policies]
+            same_batch[0].applied(job, num_chips)  # refuses microbatches that do not divide
+            found += same_batch
     if not found:
         assert refused is not None
         raise refused
@@ -147,14 +149,11 @@ def _splits(job: Job, chips: int) -> Iterator[tuple[int, int]]:
         size *= 2
 
 
-def _rows(job: Job, num_chips: int, data: int, context: int, tensor: int) -> int:
-    """Sequences of the batch on one device.
-
-    Raises:
-        ValueError: not a whole number.
-    """
-    split = {"data_parallel_size": data, "context_parallel_size": context, "tensor_parallel_size": tensor, "per_device_parallelism": -1}
-    return BatchArithmetic.of(replace_train(job, **split).train, num_chips).per_device
+def _split(job: Job, data: int, context: int, tensor: int) -> Job:
+    """The job on this mesh, its batch at once."""
+    return replace_train(
+        job, data_parallel_size=data, context_parallel_size=context, tensor_parallel_size=tensor, per_device_parallelism=-1
+    )
 
 
 def divisors(number: int) -> list[int]:
@@ -177,7 +176,7 @@ def single_setting(job: Job, fixed: Fixed) -> Setting:
     return Setting(
         remat=fixed.remat or job.model.remat,
         microbatches=fixed.microbatches or 1,
-        data=max(job.train.data_parallel_size, job.train.slice_count),
+        data=job.data,
         context=job.train.context_parallel_size,
         tensor=job.train.tensor_parallel_size,
     )

@@ -44,7 +44,7 @@ def check_compiler() -> None:
     """Raises ValueError where libtpu, the TPU compiler, is not installed."""
     if find_spec("libtpu") is None:
         raise ValueError(
-            "libtpu is not installed, and it is the compiler (Linux on x86-64 only): pip install 'jax[tpu]', or use requirements-tpu.lock"
+            "libtpu is not installed, and it is the compiler (Linux on x86-64 only): pip install 'jax[tpu]', or use requirements.lock"
         )
 
 
