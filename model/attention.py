@@ -11,6 +11,7 @@ Shape suffixes: B batch, H query heads, G key/value heads, S sequence (queries),
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -43,7 +44,9 @@ def attention(
     backend = choose_backend(config, q_BHSK.shape[2], platform_of(mesh))
     if backend == "splash":
         return splash_attention(q_BHSK, k_BGSK, v_BGSK, segment_ids_BS, mesh, block_size=config.flash_attention_block_size)
-    form = flash_attention if backend == "flash" else plain_attention
+    form = plain_attention
+    if backend == "flash":
+        form = functools.partial(flash_attention, block_size=config.flash_attention_block_size)
     count = context_size(mesh)
     if count == 1:
         return form(q_BHSK, k_BGSK, v_BGSK, segment_ids_BS)

@@ -63,7 +63,9 @@ class LlamaConfig(Config):
     # Switches that change rounding at most, never the function that is learned.
     use_flash_attention: bool = runtime(True, description="Attention without the square of scores in memory; off means plain.")
     attn_backend: AttentionBackend | Literal["auto"] = runtime("auto", description="Which attention; auto chooses by device and length.")
-    flash_attention_block_size: int | None = runtime(None, ge=128, multiple_of=128, description="Tokens in a block of the TPU kernel.")
+    flash_attention_block_size: int | None = runtime(
+        None, ge=128, multiple_of=128, description="Tokens in a block of splash or flash attention."
+    )
     gradient_checkpointing: bool | RematPolicy = runtime(
         True, description="What the backward pass computes again: a policy's name, on (`full`) or off (`none`)."
     )

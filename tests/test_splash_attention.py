@@ -75,7 +75,7 @@ def test_length_that_blocks_do_not_divide_is_named() -> None:
     [
         ({}, 2048, "tpu", "splash"),
         ({}, 2048, "cpu", "flash"),
-        ({}, 512, "cpu", "plain"),
+        ({}, 384, "cpu", "plain"),
         ({}, 200, "tpu", "plain"),
         ({"attn_backend": "flash"}, 512, "tpu", "flash"),
         ({"use_flash_attention": False}, 2048, "tpu", "plain"),

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model.attention_backend import FLASH_BLOCK_SIZE, choose_backend, splash_block_size
+from model.attention_backend import attention_block_size, choose_backend
 from model.batch_arithmetic import BatchArithmetic
 from model.child import die_with_parent, emit
 from model.flops import CHIPS, executed_flops_per_token, train_flops_per_token
@@ -82,14 +82,11 @@ def _facts(order: CompileOrder, mesh: Mesh, compiled: Any, assigned: int | None,
     tpu_slice, model, seq_len = slice_named(order.slice_name), order.model, _seq_len(order)
     cost = analyse(compiled.as_text(), chips_per_slice=tpu_slice.num_chips if order.num_slices > 1 else None)
     attention = choose_backend(model, seq_len, "tpu")
-    tokens_together = seq_len // order.train.context_parallel_size
-    block = splash_block_size(tokens_together, model.head_size, model.flash_attention_block_size) if attention == "splash" else None
+    block = attention_block_size(model, attention, seq_len // order.train.context_parallel_size)
     tokens_per_chip = order.train.train_batch_size * seq_len / mesh.devices.size
     per_token = {
         "model_flops_per_chip": train_flops_per_token(model, seq_len),
-        "executed_flops_per_chip": executed_flops_per_token(
-            model, seq_len, remat=model.remat, attention=attention, block_size=block or FLASH_BLOCK_SIZE
-        ),
+        "executed_flops_per_chip": executed_flops_per_token(model, seq_len, remat=model.remat, attention=attention, block_size=block),
     }
     bounds = roofline(
         CHIPS[tpu_slice.generation],

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from model.attention_backend import choose_backend
+from model.attention_backend import attention_block_size, choose_backend
 from model.config import LlamaConfig, RematPolicy
 from model.flops import CHIPS, Chip, executed_flops_per_token, num_parameters, train_flops_per_token
 from model.preflight.settings import Job, Setting
@@ -65,7 +65,9 @@ def estimate(job: Job, tpu_slice: Slice, setting: Setting) -> Estimate:
 
 
 def _executed(job: Job, setting: Setting) -> float:
-    return executed_flops_per_token(job.model, job.seq_len, remat=setting.remat, attention=choose_backend(job.model, job.seq_len, "tpu"))
+    attention = choose_backend(job.model, job.seq_len, "tpu")
+    block = attention_block_size(job.model, attention, job.seq_len // setting.context)
+    return executed_flops_per_token(job.model, job.seq_len, remat=setting.remat, attention=attention, block_size=block)
 
 
 def kept_numbers(model: LlamaConfig, remat: RematPolicy) -> float:
