@@ -214,20 +214,19 @@ def _chunk_loss(plan: _Plan, x_CD: jax.Array, head_DV: jax.Array, targets_C: jax
     raw_CV = jnp.einsum("cd,dv->cv", x_CD, head_DV, preferred_element_type=jnp.float32)
     cap = plan.logit_soft_cap
     logits_CV = raw_CV if cap is None else cap * jnp.tanh(raw_CV / cap)
+    first_column = raw_CV.shape[1] * jax.lax.axis_index(axis) if axis else 0
     columns_V = jnp.arange(raw_CV.shape[1])
-    if axis:
-        columns_V = columns_V + raw_CV.shape[1] * jax.lax.axis_index(axis)
-    here_CV = targets_C[:, None] == columns_V
-    known_CV = logits_CV
-    if plan.has_padding:
-        known_V = columns_V < plan.vocab_size
-        known_CV, here_CV = jnp.where(known_V, logits_CV, -jnp.inf), here_CV & known_V
+    known_CV = jnp.where(first_column + columns_V < plan.vocab_size, logits_CV, -jnp.inf) if plan.has_padding else logits_CV
     maximum_C = known_CV.max(axis=-1)
     if axis:
         maximum_C = jax.lax.pmax(maximum_C, axis)
     exponentials_CV = jnp.exp(known_CV - maximum_C[:, None])
-    partial = (exponentials_CV.sum(axis=-1), jnp.where(here_CV, logits_CV, 0.0).sum(axis=-1), here_CV.any(axis=-1).astype(jnp.int32))
+    place_C = targets_C - first_column
+    here_C = (place_C >= 0) & (place_C < raw_CV.shape[1]) & (targets_C < plan.vocab_size)
+    target_logit_C = jnp.take_along_axis(logits_CV, place_C[:, None], axis=1, mode="clip")[:, 0]
+    partial = (exponentials_CV.sum(axis=-1), jnp.where(here_C, target_logit_C, 0.0), here_C.astype(jnp.int32))
     normaliser_C, target_logit_C, found_C = jax.lax.psum(partial, axis) if axis else partial
+    here_CV = here_C[:, None] & (place_C[:, None] == columns_V)
 
     logsumexp_C = maximum_C + jnp.log(normaliser_C)
     cross_entropy_C = jnp.where(found_C > 0, logsumexp_C - target_logit_C, jnp.nan)
