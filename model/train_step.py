@@ -66,6 +66,13 @@ def abstract_state(config: LlamaConfig, train: SimpleTrainConfig, mesh: Mesh) ->
     )
 
 
+def abstract_batch(shape: tuple[int, int], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of a batch [B, S], as `model.assembly` makes it."""
+    dtypes = {"tokens": jnp.int32, "targets": jnp.int32, "loss_weights": jnp.float32, "segment_ids": jnp.int32, "positions": jnp.int32}
+    sharding = partitioning.batch_sharding(mesh)
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
+
+
 def loss_sums(params: Any, batch: Batch, config: LlamaConfig, train: SimpleTrainConfig, mesh: Mesh) -> LossSums:
     """Loss of one batch as sums over its tokens (float32 scalars), with the tokens' total weight beside them."""
     precision = Precision(
@@ -95,10 +102,8 @@ def loss_sums(params: Any, batch: Batch, config: LlamaConfig, train: SimpleTrain
     )
 
 
-def make_train_step(
-    config: LlamaConfig, train: SimpleTrainConfig, mesh: Mesh, num_microbatches: int
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The compiled step `(state, batch) -> (state, metrics)`; the state is donated.
+def make_train_step(config: LlamaConfig, train: SimpleTrainConfig, mesh: Mesh, num_microbatches: int) -> jax.stages.Wrapped:
+    """The jitted step `(state, batch) -> (state, metrics)`; the state is donated.
 
     A step whose loss or gradient is not finite leaves weights and moments as they were and says so in `metrics["finite"]`.
     """
@@ -130,8 +135,23 @@ def make_train_step(
         }
         return state, metrics
 
-    placed = state_shardings(config, train, mesh)
-    return jax.jit(step, donate_argnums=0, out_shardings=(placed, None), compiler_options=train.compiler_options or None)
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings(config, train, mesh), None))
+
+
+def compile_train_step(
+    config: LlamaConfig, train: SimpleTrainConfig, mesh: Mesh, num_microbatches: int, *, tell: Callable[[str], None]
+) -> jax.stages.Compiled:
+    """The step of `make_train_step`, compiled with `train.compiler_options`, or, after telling why, without them where they are refused."""
+    seq_len = train.train_seq_len or config.seq_len
+    batch = abstract_batch((train.train_batch_size, seq_len), mesh)
+    lowered = make_train_step(config, train, mesh, num_microbatches).lower(abstract_state(config, train, mesh), batch)
+    if not train.compiler_options:
+        return lowered.compile()
+    try:
+        return lowered.compile(compiler_options={**train.compiler_options})
+    except jax.errors.JaxRuntimeError as error:
+        tell(f"the compiler refuses train.compiler_options, so the step is compiled without them: {error}")
+        return lowered.compile()
 
 
 def sum_over_microbatches(

@@ -22,16 +22,18 @@ from model.batches import BatchLoader, EvalBatches
 from model.checkpoint import Checkpoints
 from model.child import STOPPED, die_with_parent, emit
 from model.feed import BatchFeed
-from model.flops import num_parameters
+from model.flops import CHIPS, chip_of, num_parameters
 from model.hooks import CheckpointHook, EvaluateHook, Hook, SampleHook
 from model.job import TrainingJob
 from model.metrics import JsonLines, MetricsLog
 from model.mixture_store import MixtureStore
 from model.optimizer import decayed_names, learning_rate_schedule
 from model.plots import write_loss_plots
+from model.slices import slice_named
 from model.speed import Speedometer
 from model.trackers import open_trackers
-from model.train_step import TrainState, abstract_state, init_state, make_train_step
+from model.train_config import SimpleTrainConfig
+from model.train_step import TrainState, abstract_state, compile_train_step, init_state
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -43,6 +45,7 @@ class Trainer:
 
     def __init__(self, job: TrainingJob) -> None:
         self.job = job
+        check_devices(job.train)
         self.mixture = MixtureStore.open(job.mixture)
         self.mixture.tokenizer.check()
         self.config = job.model.with_vocab(self.mixture.tokenizer.vocab_size)
@@ -80,10 +83,13 @@ class Trainer:
         self._samples = JsonLines(job.directory / "samples.jsonl", self.step)
         self.feed = BatchFeed(self.loader, partitioning.batch_sharding(self.mesh), first_step=self.step, end_step=self.last_step)
         self.microbatches = BatchArithmetic.of(job.train, jax.device_count()).num_microbatches
-        self.train_step = make_train_step(self.config, job.train, self.mesh, self.microbatches)
         self.hooks = self._make_hooks()
         self.speed = Speedometer(
             self.config, self.seq_len, self.seq_len * job.train.train_batch_size, first_step=self.step, last_step=self.last_step
+        )
+        emit("compiling")  # last: what can be refused is refused by now
+        self.train_step = compile_train_step(
+            self.config, job.train, self.mesh, self.microbatches, tell=lambda message: emit("message", text=message)
         )
 
     def _restore_or_init(self) -> TrainState:
@@ -185,6 +191,23 @@ class Trainer:
         self.checkpoints.close()
         self.feed.close()
         return done
+
+
+def check_devices(train: SimpleTrainConfig) -> None:
+    """Refuses to train on other devices than the slice that the job was planned for.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if train.accelerator_type is None:
+        return
+    wanted, kind = slice_named(train.accelerator_type), jax.devices()[0].device_kind
+    chip, count = chip_of(kind), wanted.num_chips * train.slice_count
+    if chip is None or chip != CHIPS[wanted.generation] or jax.device_count() != count:
+        raise ValueError(
+            f"train.accelerator_type={train.accelerator_type!r} is {count} chips of TPU {wanted.generation}, and JAX sees "
+            f"{jax.device_count()} device(s) of kind {kind!r} here: train there, or leave it unset to use what is here"
+        )
 
 
 def describe(trainer: Trainer, seconds: float) -> dict[str, Any]:

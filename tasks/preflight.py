@@ -1,7 +1,8 @@
 """Preflight as a run sees it: before money is spent on a slice, its train step is compiled for it. No JAX here: a child does that.
 
-found = preflight(name, model, train, tell=print)     # None where this machine has no TPU compiler
-check_accelerator(name, model, train)                 # raises where the job cannot run
+found = preflight(name, model, train, tell=print)           # None where this machine has no TPU compiler
+found = check_accelerator(name, model, train, tell=print)   # raises where the job cannot run
+model, train = as_chosen(found, model, train)               # what the trainer is told
 """
 
 from __future__ import annotations
@@ -104,18 +105,39 @@ def refuse_what_does_not_fit(found: Preflight) -> None:
         raise DoesNotFit("; ".join([headline(found), *found.advice]))
 
 
-def check_accelerator(name: str, model: LlamaConfig, train: SimpleTrainConfig, *, tell: Callable[[str], None]) -> None:
-    """Before a slice is asked for: refuses a job that cannot fit, and, while there is no work pool with slices, every other.
+def check_accelerator(name: str, model: LlamaConfig, train: SimpleTrainConfig, *, tell: Callable[[str], None]) -> Preflight | None:
+    """Before anything is started: refuses a job that cannot fit its slice, or whose slice this machine is not.
+
+    Returns what preflight found; None where no slice is named or there is no compiler.
 
     Raises:
         ValueError: naming the slice and what to do.
     """
+    from model.local_chips import is_this_machine
+    from model.slices import slice_named
+
     if train.accelerator_type is None:
-        return
+        return None
     found = preflight(name, model, train, tell=tell)
     if found is not None:
         refuse_what_does_not_fit(found)
-    raise ValueError(
-        f"train.accelerator_type={train.accelerator_type!r} can be planned (--plan) but not run: training runs on this "
-        "machine's devices; leave it unset"
-    )
+    if train.slice_count > 1 or not is_this_machine(slice_named(train.accelerator_type)):
+        raise ValueError(
+            f"train.accelerator_type={train.accelerator_type!r} can be planned (--plan) but not run: training runs on this "
+            "machine's devices, which are not that slice; leave it unset"
+        )
+    return found
+
+
+def as_chosen(found: Preflight, model: LlamaConfig, train: SimpleTrainConfig) -> tuple[LlamaConfig, SimpleTrainConfig]:
+    """Model and training with the remat policy, microbatches, mesh and compiler options that preflight chose."""
+    mesh = found.mesh
+    ways = found.num_chips // (mesh["context"] * mesh["tensor"])
+    chosen = {
+        "data_parallel_size": mesh["data"],
+        "context_parallel_size": mesh["context"],
+        "tensor_parallel_size": mesh["tensor"],
+        "per_device_parallelism": train.train_batch_size // ways // found.microbatches,
+        "compiler_options": found.compiler_options,
+    }
+    return model.model_copy(update={"gradient_checkpointing": found.remat}), SimpleTrainConfig(**{**dict(train), **chosen})

@@ -17,7 +17,7 @@ from tasks.artifacts import Artifact
 from tasks.caching import StepOutput, assert_still_owner, run_logger, step_task
 from tasks.children import ChildStopped, run_child
 from tasks.config import TrainingStep, beside_fields
-from tasks.preflight import check_accelerator
+from tasks.preflight import as_chosen, check_accelerator, preflight_lines
 from tasks.steps import Step
 from tasks.training_report import TrainingReport
 
@@ -48,13 +48,10 @@ def train_body(step: Step, directory: Path, inputs: tuple[Artifact, ...]) -> Ste
     Raises:
         ChildFailed: the trainer named an error.
         ChildStopped: it saved and stopped; the message says how to continue.
-        ValueError: the curve was lost together with its copy, or `train.accelerator_type` names a slice, where the job does not fit
-            or there is none to be had yet.
+        ValueError: the curve was lost together with its copy, or `train.accelerator_type` names a slice where the job does not fit,
+            or which this machine is not.
     """
-    job = training_job(step, directory, inputs[0])
-    if job.train.accelerator_type is not None:
-        model = job.model.with_vocab(vocabulary_of(job.mixture))
-        check_accelerator(job.name, model, job.train, tell=run_logger().info)
+    job = as_preflight_chose(training_job(step, directory, inputs[0]))
     job_file = directory / ".job.json"
     write_json(job_file, job.model_dump(mode="json"))
     report = TrainingReport(job)
@@ -88,6 +85,24 @@ def train_body(step: Step, directory: Path, inputs: tuple[Artifact, ...]) -> Ste
     files = [directory / name for name in ("metrics.jsonl", "samples.jsonl", "loss.png", "loss.html")]
     files += [path for path in last.rglob("*") if path.is_file()]
     return StepOutput(stats=stats, files=[path for path in files if path.exists()])
+
+
+def as_preflight_chose(job: TrainingJob) -> TrainingJob:
+    """The job with the settings that preflight chose for its slice; as it is where it names none, or where there is no compiler.
+
+    Raises:
+        ValueError: it does not fit, or the slice is not here.
+    """
+    if job.train.accelerator_type is None:
+        return job
+    model = job.model.with_vocab(vocabulary_of(job.mixture))
+    found = check_accelerator(job.name, model, job.train, tell=run_logger().info)
+    if found is None:
+        return job
+    for line in preflight_lines(found):
+        run_logger().info(line)
+    model, train = as_chosen(found, job.model, job.train)
+    return job.model_copy(update={"model": model, "train": train})
 
 
 def vocabulary_of(mixture: Path) -> int:

@@ -54,6 +54,7 @@ class TrainingReport:
             "eval": self._on_eval,
             "stopped": self._on_stopped,
             "message": self._on_message,
+            "compiling": lambda _: self._log.info("compiling the training step"),
         }
         if (handle := handler.get(str(event.get("event")))) is not None:
             handle(event)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from model import child
+from model.batch_arithmetic import BatchArithmetic
 from model.preflight import cache
 from model.preflight.compiler import Compiled
 from model.preflight.facts import CompileOrder, CompileOutcome
@@ -155,6 +156,37 @@ def test_the_training_task_refuses_before_it_starts_a_trainer(tmp_path: Path, mo
     with pytest.raises(DoesNotFit, match=r"debug on v4-8 .*does NOT fit.*remat"):
         training.train_body(step, tmp_path, (mixture,))
     assert not (tmp_path / ".job.json").exists()
+
+
+def test_on_the_slice_itself_the_trainer_is_told_what_preflight_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tasks import training
+
+    run = on_slice("v5litepod-4")
+    search = fill_cache(job_of(run, tmp_path))
+    best = search.best
+    assert best is not None
+    monkeypatch.setattr("model.local_chips.local_chips", lambda: {"v5e": 4})
+    monkeypatch.setattr(training, "vocabulary_of", lambda mixture: 2048)
+    step = run_steps(run).training
+    mixture = Artifact(kind="mixtures", name="plays", path=str(tmp_path), fingerprint="0" * 64)
+    given = training.training_job(step, tmp_path, mixture)
+    job = training.as_preflight_chose(given)
+    assert job.model.remat == best.setting.remat
+    assert job.train.compiler_options == best.flag_set.options != {}
+    assert BatchArithmetic.of(job.train, 4).num_microbatches == best.setting.microbatches
+    assert (job.train.context_parallel_size, job.train.tensor_parallel_size) == (best.setting.context, best.setting.tensor)
+    # The same run to the cache: nothing of this is its identity.
+    assert job.model.identity() == given.model.identity()
+    assert job.train.identity() == given.train.identity()
+
+
+def test_the_trainer_refuses_devices_that_are_not_the_slice() -> None:
+    from model.trainer import check_devices
+
+    train = on_slice("v5litepod-4").train
+    with pytest.raises(ValueError, match=r"accelerator_type='v5litepod-4' is 4 chips of TPU v5e, and JAX sees 8 device\(s\) of kind 'cpu'"):
+        check_devices(train)
+    check_devices(train.model_copy(update={"accelerator_type": None}))
 
 
 def test_an_error_of_the_command_is_told_in_its_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

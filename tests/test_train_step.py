@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from model.batch_arithmetic import BatchArithmetic
 from model.config import LlamaConfig, RopeConfig
 from model.feed import place
 from model.train_config import SimpleTrainConfig
-from model.train_step import abstract_state, init_state, make_train_step, state_shardings
+from model.train_step import abstract_state, compile_train_step, init_state, make_train_step, state_shardings
 
 SEQ_LEN, BATCH, VOCAB = 32, 16, 64
 
@@ -138,3 +139,27 @@ def test_moments_are_sharded_like_their_weights() -> None:
 def test_batch_that_does_not_come_out_even(changes: dict[str, int], devices: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         BatchArithmetic.of(train_config(**changes), devices)
+
+
+def test_options_that_the_compiler_refuses_are_left_out_and_said() -> None:
+    config, mesh, told = model_config(), partitioning.make_mesh(devices=jax.devices()[:1]), []
+    batch = place(rows(), partitioning.batch_sharding(mesh))
+
+    def loss(**options: str) -> float:
+        train = train_config(compiler_options=options)
+        step = compile_train_step(config, train, mesh, 1, tell=told.append)
+        return float(step(init_state(config, train, mesh), batch)[1]["train/loss"])
+
+    plain = loss()
+    assert loss(xla_cpu_enable_fast_min_max="True") == pytest.approx(plain)
+    assert told == []
+    assert loss(xla_tpu_no_such_option="true") == plain
+    assert len(told) == 1
+    assert "xla_tpu_no_such_option" in told[0]
+    assert "compiled without them" in told[0]
+
+
+def test_options_reach_the_compiler(tmp_path: Path) -> None:
+    config, mesh = model_config(), partitioning.make_mesh(devices=jax.devices()[:1])
+    compile_train_step(config, train_config(compiler_options={"xla_dump_to": str(tmp_path)}), mesh, 1, tell=pytest.fail)
+    assert list(tmp_path.glob("*step*"))

@@ -64,18 +64,11 @@ def compile_step(order: CompileOrder) -> CompileOutcome:
 
 
 def _lower(order: CompileOrder, mesh: Mesh) -> Any:
-    import jax
-    import jax.numpy as jnp
-
-    from model.partitioning import batch_sharding
-    from model.train_step import abstract_state, make_train_step
+    from model.train_step import abstract_batch, abstract_state, make_train_step
 
     count = BatchArithmetic.of(order.train, mesh.devices.size).num_microbatches
-    shape, sharding = (order.train.train_batch_size, _seq_len(order)), batch_sharding(mesh)
-    dtypes = {"tokens": jnp.int32, "targets": jnp.int32, "loss_weights": jnp.float32, "segment_ids": jnp.int32, "positions": jnp.int32}
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
-    step: Any = make_train_step(order.model, order.train, mesh, count)
-    return step.lower(abstract_state(order.model, order.train, mesh), batch)
+    batch = abstract_batch((order.train.train_batch_size, _seq_len(order)), mesh)
+    return make_train_step(order.model, order.train, mesh, count).lower(abstract_state(order.model, order.train, mesh), batch)
 
 
 def _facts(order: CompileOrder, mesh: Mesh, compiled: Any, assigned: int | None, **cpu_seconds: float) -> CompileFacts:
