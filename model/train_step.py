@@ -66,8 +66,8 @@ def abstract_state(config: LlamaConfig, train: SimpleTrainConfig, mesh: Mesh) ->
     )
 
 
-def loss_sums(params: Any, batch: Batch, config: LlamaConfig, train: SimpleTrainConfig, mesh: Mesh) -> LossSums:
-    """Loss of one batch as sums over its tokens (float32 scalars), with the tokens' total weight beside them."""
+def loss_sums(params: Any, batch: Batch, config: LlamaConfig, train: SimpleTrainConfig, mesh: Mesh | None) -> LossSums:
+    """Loss of one batch as sums over its tokens (float32 scalars), with the tokens' total weight beside them; no mesh is one device."""
     precision = Precision(
         jnp.dtype(train.compute_dtype), jnp.dtype(train.gradient_sum_dtype or train.compute_dtype), train.quantized_matmul
     )
