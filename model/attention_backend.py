@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from model.config import AttentionBackend, LlamaConfig
 
 FLASH_MIN_BLOCK = 128  # tokens: smaller blocks cost more in turns of the loop than they save above the diagonal
@@ -34,12 +36,35 @@ def choose_backend(config: LlamaConfig, seq_len: int, platform: str) -> Attentio
     return "flash" if seq_len >= FLASH_MIN_SEQ_LEN and fits["flash"] else "plain"
 
 
-def attention_block_size(config: LlamaConfig, backend: AttentionBackend, tokens: int) -> int:
-    """Tokens in a block where a device has `tokens` of a sequence; all of them for the plain form, or where no block divides them."""
-    if backend == "plain":
-        return tokens
+def attention_block_size(config: LlamaConfig, backend: AttentionBackend, tokens: int, context: int = 1) -> int:
+    """Tokens in a block where each of the `context` devices of a sequence has `tokens` of it.
+
+    All of them for the plain form, or where no block divides them.
+    """
     wanted = config.flash_attention_block_size
-    return (splash_block_size(tokens, config.head_size, wanted) if backend == "splash" else flash_block_size(tokens, wanted)) or tokens
+    if backend == "splash":
+        return splash_block_size(tokens, config.head_size, wanted, context) or tokens
+    return (flash_block_size(tokens * context, wanted) if backend == "flash" else None) or tokens
+
+
+def computed_share(seq_len: int, block_size: int, context: int = 1) -> float:
+    """What the busiest of `context` devices computes of its rows of the square of scores, in whole blocks up to the diagonal: 0.5 to 1.
+
+    Devices have the tokens that `model.context_parallel` gives them. Where blocks divide the pieces it is (n + 1) / 2n on each
+    device, for n = seq_len / block_size. A block with tokens of two pieces computes what the later of them needs; so a device
+    whose tokens are one such block computes whole rows of the square if it has the last piece.
+
+    Args:
+        block_size: a divisor of seq_len / context.
+    """
+    piece = seq_len / (2 * context)
+    rows, early_rows = seq_len // (context * block_size), piece // block_size
+
+    def blocks(device: int) -> int:
+        ends = ((device if row < early_rows else 2 * context - 2 - device) * piece + (row + 1) * block_size for row in range(rows))
+        return sum(math.ceil(end / block_size) for end in ends)
+
+    return max(map(blocks, range(context))) * block_size / seq_len / rows
 
 
 def flash_block_size(seq_len: int, wanted: int | None = None) -> int | None:
@@ -48,10 +73,14 @@ def flash_block_size(seq_len: int, wanted: int | None = None) -> int | None:
     return next((size for size in (wanted, *table) if size and seq_len % size == 0), None)
 
 
-def splash_block_size(tokens: int, head_size: int, wanted: int | None = None) -> int | None:
-    """Tokens in a block of the TPU kernel for a chip's `tokens` of a sequence: `wanted` or the table's, or the next that divides them.
+def splash_block_size(tokens: int, head_size: int, wanted: int | None = None, context: int = 1) -> int | None:
+    """Tokens in a block of the TPU kernel for a chip's `tokens` of a sequence that `context` chips share; None where no block divides them.
 
-    None where no block does.
+    `wanted` or the table's, or the next smaller that divides each of the two pieces that the chip then has, so that no block has
+    tokens of both: such a block computes as much as the later piece needs. Where none does, the smallest.
     """
+    if tokens % SPLASH_MIN_BLOCK:
+        return None
+    whole = tokens if context == 1 else tokens // 2
     first = wanted or _SPLASH_BLOCKS.get(head_size, _OTHER_SPLASH_BLOCK)
-    return next((size for size in (first, 512, 256, SPLASH_MIN_BLOCK) if size <= tokens and tokens % size == 0), None)
+    return next((size for size in (first, 512, 256) if size <= first and whole % size == 0), SPLASH_MIN_BLOCK)

@@ -53,7 +53,9 @@ class LlamaConfig(Config):
     vocab_size: int | None = Field(default=None, ge=2, description="Rows of the embedding; unset means the tokenizer's vocabulary.")
     layer_norm_epsilon: float = Field(default=1e-5, gt=0, description="Epsilon of RMSNorm.")
     tie_word_embeddings: bool = Field(default=False, description="Use the embedding matrix as the output head too.")
-    logit_soft_cap: float | None = Field(default=None, gt=0, description="Cap of the logits: cap * tanh(logits / cap) (Gemma 2).")
+    logit_soft_cap: float | None = Field(
+        default=None, gt=0, description="Cap of the logits: cap * tanh(logits / cap) (Gemma 2). Hugging Face's Llama has none: no export."
+    )
     pad_vocab_to_multiple_of: int = Field(
         default=1, ge=1, description="Embedding rows beyond the vocabulary, so that the mesh divides it; 128 suits every mesh."
     )

@@ -7,9 +7,9 @@ Two conventions for MFU (model FLOPs utilisation) are in use and differ by the a
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
+from model.attention_backend import attention_block_size, computed_share
 from model.config import AttentionBackend, LlamaConfig, RematPolicy
 
 GIB = 2**30
@@ -79,8 +79,8 @@ def executed_flops_per_token(
     *,
     remat: RematPolicy,
     attention: AttentionBackend,
-    fused_head: bool = True,
-    block_size: int = 512,
+    context: int = 1,
+    block_size: int | None = None,
 ) -> float:
     """Matmul FLOPs a chip really runs to train on one token: model work, recomputation and what the kernels waste.
 
@@ -88,17 +88,22 @@ def executed_flops_per_token(
         projection never is: nothing in the backward pass reads its output. `save_all` keeps q, k, v, the attention's
         output, gate and up, so it repeats the output projection alone.
     attention: "plain" runs the whole square, forward two matmuls and backward four, and repeats the scores wherever a policy
-        drops them. "splash" skips blocks above the diagonal but runs whole blocks on it, (n + 1) / 2n of the square for
-        n = seq_len / block_size; its dq and dkv kernels each recompute the scores: seven backward matmuls. "flash" skips
-        the same blocks and does both in one pass: five (FlashAttention-2, Dao 2023).
-    fused_head: the head's gradient is made in the forward pass (three matmuls); else its logits are made twice (four).
-        The head is multiplied with its padding.
+        drops them. "splash" skips blocks above the diagonal but runs whole blocks on it; its dq and dkv kernels each recompute
+        the scores: seven backward matmuls. "flash" skips the same blocks and does both in one pass: five (FlashAttention-2,
+        Dao 2023).
+    context: chips that one sequence is split over, of which the busiest is counted (`computed_share`). Under splash they share
+        the work; the other forms are not split along the sequence: every chip does all of it.
+    block_size: tokens in a block of splash or flash, a divisor of a chip's; None: those that the model takes.
 
-    Element-wise work, norms, the embedding and the optimizer are no matmuls and count nothing: below 1 % at real widths.
+    The head's gradient is made in the forward pass: three matmuls, with the vocabulary's padding. Element-wise work, norms, the
+    embedding and the optimizer are no matmuls and count nothing: below 1 % at real widths.
     """
     layer = _LayerFlops.of(config, seq_len)
-    blocks = max(math.ceil(seq_len / block_size), 1)
-    square = layer.attention * (1.0 if attention == "plain" else (blocks + 1) / (2 * blocks))
+    block = block_size or attention_block_size(config, attention, seq_len // context, context)
+    if attention == "splash":
+        square = layer.attention * computed_share(seq_len, block, context)
+    else:
+        square = layer.attention * context * (1.0 if attention == "plain" else computed_share(seq_len, block))
     backward = {"plain": 2.0, "flash": 2.5, "splash": 3.5}[attention]  # in units of the two forward matmuls
     repeated = {
         "none": 0.0,
@@ -113,7 +118,7 @@ def executed_flops_per_token(
         repeated += square / 2  # the probabilities carry no name to be saved by
     per_layer = 3 * layer.linear + repeated + square * (1 + backward)
     head = 2.0 * config.hidden_dim * config.padded_vocab_size
-    return config.num_layers * per_layer + head * (3.0 if fused_head else 4.0)
+    return config.num_layers * per_layer + 3 * head
 
 
 def mfu(model_flops_per_second: float, chip: Chip, num_chips: int = 1) -> float:

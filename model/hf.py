@@ -84,7 +84,7 @@ def save_hf(
         dtype: how the weights are stored; anything but float32 rounds them.
 
     Raises:
-        ValueError: the parameters do not fit the configuration, or an argument is out of range.
+        ValueError: the parameters or the Hugging Face format do not fit the configuration, or an argument is out of range.
         OSError: the directory cannot be written.
     """
     if dtype not in _DTYPES:
@@ -94,6 +94,7 @@ def save_hf(
     assert config.vocab_size is not None  # `_tensors` needed it
     exported = None if tokenizer is None else HfTokenizer(tokenizer, vocab_size=config.vocab_size, seq_len=config.seq_len)
     special = SpecialIds() if exported is None else exported.special
+    described = to_hf(config, dtype=dtype, special=special)
     shards = _plan_shards(tensors, max_shard_bytes, _DTYPES[dtype].itemsize)
 
     directory = Path(path)
@@ -109,9 +110,8 @@ def save_hf(
         write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
     if exported is not None:
         exported.write(directory)
-    ids = {"bos_token_id": special.bos, "eos_token_id": special.eos, "pad_token_id": special.pad}
-    write_json(directory / "generation_config.json", {key: value for key, value in ids.items() if value is not None})
-    write_json(directory / CONFIG_FILE, to_hf(config, dtype=dtype, special=special))
+    write_json(directory / "generation_config.json", {f"{name}_token_id": i for name, i in special._asdict().items() if i is not None})
+    write_json(directory / CONFIG_FILE, described)
 
 
 def load_hf(path: Path | str) -> tuple[LlamaConfig, Params]:

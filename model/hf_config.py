@@ -37,8 +37,24 @@ class SpecialIds(NamedTuple):
     pad: int | None = None
 
 
+def not_exportable(config: LlamaConfig) -> str | None:
+    """Why no config.json can describe a model, with the remedy, or None where one can."""
+    if config.logit_soft_cap is None:
+        return None
+    return (
+        f"model.logit_soft_cap={config.logit_soft_cap:g} has no place in a Hugging Face {ARCHITECTURE}, which would give other "
+        f"logits: leave it unset (train.z_loss_weight keeps logits small too)"
+    )
+
+
 def to_hf(config: LlamaConfig, *, dtype: str, special: SpecialIds) -> dict[str, Any]:
-    """The content of config.json; `dtype` is that of the weights beside it."""
+    """The content of config.json; `dtype` is that of the weights beside it.
+
+    Raises:
+        ValueError: the model has what a Hugging Face Llama has not.
+    """
+    if (why := not_exportable(config)) is not None:
+        raise ValueError(why)
     rope = _rope_to_hf(config.rope)
     return {
         "architectures": [ARCHITECTURE],

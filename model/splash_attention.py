@@ -44,7 +44,7 @@ def splash_attention(
         v_BGSK: values.
         segment_ids_BS: int32, or None for one segment a row.
         mesh: batch, heads and sequence are split over it by the logical rules.
-        block_size: tokens in a block; None takes the table's.
+        block_size: tokens in a block, fewer where it does not divide what a chip has; None takes the table's.
         interpret: compute the kernel with ordinary operations, on any device.
 
     Raises:
@@ -94,7 +94,7 @@ def _kernel(
     num_heads: int, seq_len: int, head_size: int, shards: int, block_size: int | None, interpret: bool
 ) -> splash.SplashAttentionKernel:
     local = seq_len // shards
-    block = splash_block_size(local, head_size, block_size)
+    block = splash_block_size(local, head_size, block_size, shards)
     if block is None:
         raise ValueError(
             f"{local} tokens a chip (sequence {seq_len} over train.context_parallel_size={shards}) are no multiple of {SPLASH_MIN_BLOCK}: "

@@ -73,8 +73,8 @@ def abstract_batch(shape: tuple[int, int], mesh: Mesh) -> dict[str, jax.ShapeDty
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
 
 
-def loss_sums(params: Any, batch: Batch, config: LlamaConfig, train: SimpleTrainConfig, mesh: Mesh) -> LossSums:
-    """Loss of one batch as sums over its tokens (float32 scalars), with the tokens' total weight beside them."""
+def loss_sums(params: Any, batch: Batch, config: LlamaConfig, train: SimpleTrainConfig, mesh: Mesh | None) -> LossSums:
+    """Loss of one batch as sums over its tokens (float32 scalars), with the tokens' total weight beside them; no mesh is one device."""
     precision = Precision(
         jnp.dtype(train.compute_dtype), jnp.dtype(train.gradient_sum_dtype or train.compute_dtype), train.quantized_matmul
     )

@@ -37,6 +37,20 @@ def test_greedy_with_the_cache_equals_forward_from_scratch(params: dict) -> None
     assert len({tuple(row) for row in generated}) == 3
 
 
+def test_padding_of_the_vocabulary_is_never_drawn(params: dict) -> None:
+    padded = CONFIG.model_copy(update={"pad_vocab_to_multiple_of": 64})
+    likely = {
+        **params,
+        "head": jnp.pad(params["head"], ((0, 0), (0, 14)), constant_values=100.0),
+        "embed": jnp.pad(params["embed"], ((0, 14), (0, 0))),
+    }
+    drawn = {
+        temperature: generate(likely, padded, PROMPTS, max_new_tokens=12, temperature=temperature, seed=0) for temperature in (0.0, 1.0)
+    }
+    assert drawn[0.0] == generate(params, CONFIG, PROMPTS, max_new_tokens=12, temperature=0.0, seed=0)
+    assert all(token < 50 for row in drawn[1.0] for token in row)
+
+
 def test_parameters_on_a_mesh_and_on_the_host_generate_the_same(params: dict) -> None:
     expected = generate(params, CONFIG, PROMPTS, max_new_tokens=5, temperature=0.0, seed=0)
     mesh = make_mesh(tensor=2)

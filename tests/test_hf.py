@@ -228,4 +228,6 @@ def test_export_refuses_what_does_not_fit(params: dict, tmp_path: Path) -> None:
         save_hf(tmp_path / "hf", CONFIG, params, dtype="int8")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="max_shard_bytes=0"):
         save_hf(tmp_path / "hf", CONFIG, params, max_shard_bytes=0)
+    with pytest.raises(ValueError, match=r"model.logit_soft_cap=2.5 has no place in a Hugging Face LlamaForCausalLM.*leave it unset"):
+        save_hf(tmp_path / "hf", CONFIG.model_copy(update={"logit_soft_cap": 2.5}), params)
     assert not (tmp_path / "hf").exists()

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from model.linear import FLOAT32, Precision, linear
 from model.partitioning import make_mesh, spec
@@ -39,6 +40,21 @@ def test_value_and_gradients_are_those_of_einsum(
         np.testing.assert_allclose(mine, theirs, atol=1e-5 * float(jnp.abs(theirs).max()))
     if mesh is not None:
         assert gradients[1].sharding.is_equivalent_to(placed.sharding, 2), "the gradient is not where its weight is"
+
+
+@pytest.mark.parametrize(
+    ("axes", "plane", "final"),
+    [
+        (("embed", "heads"), P("fsdp", "tensor"), P(("fsdp", "fsdp_ring"), "tensor")),
+        (("mlp_fsdp", None), P(("tensor", "fsdp"), None), P(("tensor", "fsdp", "fsdp_ring"), None)),
+    ],
+)
+def test_gradients_are_scattered_over_the_plane_and_then_over_the_ring(axes: tuple, plane: P, final: P) -> None:
+    mesh = make_mesh(fsdp_ring=2, tensor=2)
+    x, weight = jnp.ones((8, 6, 32)), jnp.ones((32, 16))
+    gradient = jax.grad(lambda weight: linear("bsd,df->bsf", x, weight, axes, (32, 16), FLOAT32, mesh).sum())
+    layouts = [e.params["sharding"].spec for e in jax.make_jaxpr(gradient)(weight).eqns if e.primitive.name == "sharding_constraint"]
+    assert layouts[-2:] == [plane, final], "one reduce-scatter over three dimensions of the torus is none: the whole sum is sent"
 
 
 @pytest.mark.parametrize("gradient", [jnp.bfloat16, jnp.float32])

@@ -82,6 +82,14 @@ def test_tied_model_uses_the_embedding_as_head() -> None:
     np.testing.assert_allclose(forward(params, TOKENS, config), x @ params["embed"].T, atol=1e-5)
 
 
+def test_padding_of_the_vocabulary_has_no_logits() -> None:
+    config = CONFIG.model_copy(update={"pad_vocab_to_multiple_of": 32})
+    params = init_params(config, jax.random.key(0))
+    assert params["head"].shape == (32, 64)
+    without = {**params, "embed": params["embed"][:60], "head": params["head"][:, :60]}
+    np.testing.assert_array_equal(forward(params, TOKENS, config), forward(without, TOKENS, CONFIG))
+
+
 def test_numpy_parameters_and_tokens_are_accepted(params: dict) -> None:
     on_host = jax.tree.map(np.asarray, params)
     np.testing.assert_allclose(forward_unjitted(on_host, np.asarray(TOKENS), CONFIG), forward(params, TOKENS, CONFIG), atol=1e-5)

@@ -208,6 +208,16 @@ def test_padding_of_the_vocabulary_takes_no_part(arrays: dict[str, np.ndarray], 
     assert jnp.isnan(fused(weighty, **settings)[0].loss), "a target in the padding is outside the vocabulary"
 
 
+@pytest.mark.parametrize("mesh", [{}, {"data": 8}, {"context": 2, "tensor": 2}])
+def test_parts_of_the_heads_gradient_cross_devices_in_the_dtype_asked_for(arrays: dict[str, np.ndarray], mesh: dict) -> None:
+    settings = {"z_loss_weight": 0.05, "chunk_size": 7, "mesh": make_mesh(**mesh)}
+    _, expected_d_hidden, expected_d_head = reference(arrays, 0.05)
+    for dtype, least, most in ((jnp.float32, 0.0, 2e-6), (jnp.bfloat16, 1e-3, 1e-2)):
+        _, (d_hidden, d_head) = fused(arrays, **settings, gradient_dtype=dtype)
+        np.testing.assert_allclose(d_hidden, expected_d_hidden, atol=2e-6 * np.abs(expected_d_hidden).max())
+        assert least <= np.abs(d_head - expected_d_head).max() / np.abs(expected_d_head).max() < most
+
+
 @pytest.mark.parametrize("mesh", [None, {"tensor": 2}])
 def test_soft_cap_against_autodiff_of_its_definition(arrays: dict[str, np.ndarray], mesh: dict | None) -> None:
     cap, targets, weights = 3.0, jnp.asarray(arrays["targets"]), jnp.asarray(arrays["weights"], jnp.float32)

@@ -9,14 +9,16 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from model.config import LlamaConfig
-from model.context_parallel import context_size, spread_order
-from model.llama import hidden_states, init_params, output_head
-from model.losses import next_token_loss
+from model.llama import init_params
 from model.partitioning import MESH_AXES, batch_sharding, constrain, gathered, make_mesh, param_shardings, spec
+from model.train_config import SimpleTrainConfig
+from model.train_step import loss_sums
 
 CONFIG = LlamaConfig(
     seq_len=24, hidden_dim=32, intermediate_dim=48, num_layers=3, num_heads=4, num_kv_heads=2, vocab_size=64, cross_entropy_block_size=10
 )
+
+TRAIN = SimpleTrainConfig(train_batch_size=8, num_train_steps=1, learning_rate=1e-3, z_loss_weight=1e-2, compute_dtype="float32")
 
 
 def batch(rows: int = 8) -> dict[str, jax.Array]:
@@ -25,24 +27,14 @@ def batch(rows: int = 8) -> dict[str, jax.Array]:
     return {
         "tokens": jnp.asarray(rng.integers(0, 64, (rows, 24)), jnp.int32),
         "targets": jnp.asarray(rng.integers(0, 64, (rows, 24)), jnp.int32),
-        "weights": jnp.asarray(rng.random((rows, 24)) > 0.2, jnp.float32),
+        "loss_weights": jnp.asarray(rng.random((rows, 24)) > 0.2, jnp.float32),
         "segment_ids": jnp.asarray(np.tile(np.repeat([1, 2, 3], lengths), (rows, 1)), jnp.int32),
         "positions": jnp.asarray(np.tile(np.concatenate([np.arange(n) for n in lengths]), (rows, 1)), jnp.int32),
     }
 
 
 def mean_loss(params: dict, batch: dict[str, jax.Array], config: LlamaConfig, mesh: jax.sharding.Mesh | None) -> jax.Array:
-    batch = {name: spread_order(x, context_size(mesh), axis=1) for name, x in batch.items()}
-    x = hidden_states(params, batch["tokens"], config, segment_ids=batch["segment_ids"], positions=batch["positions"], mesh=mesh)
-    sums = next_token_loss(
-        x,
-        output_head(params),
-        batch["targets"],
-        batch["weights"],
-        z_loss_weight=1e-2,
-        chunk_size=config.cross_entropy_block_size,
-        mesh=mesh,
-    )
+    sums = loss_sums(params, batch, config, TRAIN, mesh)
     return sums.loss / sums.weight
 
 
