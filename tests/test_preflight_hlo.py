@@ -193,13 +193,23 @@ def test_a_window_counts_where_it_meets_data() -> None:
     assert analyse(text).dot_flops == 2 * 128 * 8 * 32 * meetings
 
 
-def test_arrays_of_a_shape() -> None:
+def test_whole_logits_in_any_shape_and_neither_chunks_nor_weights() -> None:
     text = entry(
-        "%l = f32[4,64,512]{2,1,0} broadcast(%x), dimensions={1,2}", "ROOT %s = f32[64,512]{1,0} slice(%x), slice={[0:64], [0:512]}"
+        "%l = f32[4,64,512]{2,1,0} broadcast(%x), dimensions={1,2}",
+        "%flat = bf16[256,512]{1,0} bitcast(%l)",
+        "%turned = f32[512,256]{1,0} transpose(%flat), dimensions={1,0}",
+        "%chunks = f32[16,20,512]{2,1,0} broadcast(%x), dimensions={1,2}",
+        "%other = f32[256,1024]{1,0} broadcast(%x), dimensions={1}",
+        "%chunk = f32[64,512]{1,0} slice(%x), slice={[0:64], [0:512]}",
+        "%head = f32[1024,512]{1,0} parameter(1)",
+        "ROOT %part = f32[2,512,512]{2,1,0} bitcast(%head)",
     )
     cost = analyse(text)
-    assert [str(named.array) for named in cost.shapes_with(64, 512)] == ["f32[4,64,512]"]
-    assert [named.instruction for named in cost.largest_arrays(1)] == ["l"]
+    found = cost.whole_logits((4, 64, 512), {1024})
+    assert [named.instruction for named in found] == ["l", "flat", "turned", "chunks"]
+    as_many_tokens_as_rows = cost.whole_logits((4, 64, 512), {1024, 256})
+    assert [named.instruction for named in as_many_tokens_as_rows] == ["l", "chunks"]
+    assert [str(named.array) for named in cost.largest_arrays(1)] == ["f32[2,512,512]"]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """What a compiled step costs, read from its optimised HLO: collectives, matrix products, HBM traffic, custom calls, arrays.
 
     cost = analyse(compiled.as_text())
-    cost.ici_bytes, cost.all_gather_async_share, cost.shapes_with(2048, 128256)
+    cost.ici_bytes, cost.all_gather_async_share, cost.largest_arrays()
 
 Why not `compiled.cost_analysis()`: it counts the body of a loop once, knows no kernel's FLOPs and no collective. All figures
 are per chip and step. Collectives inside one slice travel over ICI; between slices XLA makes them host transfers over DCN.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -100,7 +101,18 @@ class HloCost:
         distinct = {str(named.array): named for named in reversed(self.arrays)}
         return tuple(sorted(distinct.values(), key=lambda named: -named.array.bytes)[:count])
 
-    def shapes_with(self, *last_dims: int) -> tuple[NamedArray, ...]:
-        """Arrays whose last dimensions are `last_dims`, with at least one before them: [*, seq, vocab] are logits."""
-        rank = len(last_dims)
-        return tuple(named for named in self.arrays if len(named.array.dims) > rank and named.array.dims[-rank:] == last_dims)
+    def whole_logits(self, shape: tuple[int, int, int], weight_rows: Collection[int]) -> tuple[NamedArray, ...]:
+        """Arrays that hold as much as all logits that a chip computes at once, in any shape or order of dimensions.
+
+        shape: [rows, sequence, vocabulary] of these logits, each a chip's own part.
+        weight_rows: rows of arrays that are no logits: the head, its gradient, parts of both. Where logits have just as many they are
+            recognised as [*, sequence, vocabulary] only.
+        """
+        return tuple(named for named in self.arrays if _holds_logits(named.array.dims, shape, weight_rows))
+
+
+def _holds_logits(dims: tuple[int, ...], shape: tuple[int, int, int], weight_rows: Collection[int]) -> bool:
+    rows, sequence, vocabulary = shape
+    if vocabulary not in dims or math.prod(dims) < rows * sequence * vocabulary:
+        return False
+    return math.prod(dims) // vocabulary not in weight_rows or (len(dims) > 2 and dims[-2:] == (sequence, vocabulary))

@@ -2,7 +2,8 @@
 
 A bound, no forecast: each unit runs at its peak (Williams et al. 2009). Within a loop's body computation overlaps HBM traffic, one
 loop does not overlap the next: time on the chip is the sum over loops of the slower of the two. Kernels, whose FLOPs no HLO tells,
-share what the model's formula counts beyond the matrix products of the HLO, equally by execution. Two bounds bracket the rest:
+share what the model's formula counts beyond the matrix products of the HLO, equally by execution; where the HLO has more products than
+the formula, the HLO is what is executed. Two bounds bracket the rest:
     hidden    all communication overlaps what the chip does by itself
     exposed   collectives that the compiler made synchronous stop everything else; asynchronous ones and DCN overlap
 
@@ -70,7 +71,7 @@ def roofline(
     """Bounds of one step.
 
     Args:
-        model_flops_per_chip, executed_flops_per_chip, tokens_per_chip: of one step, for one chip.
+        model_flops_per_chip, executed_flops_per_chip, tokens_per_chip: of one step, for one chip; executed by the model's formula.
         coordinates: torus coordinates of each partition (`device.coords`, in mesh order). Without them a group's place on
             the torus is what the compiler says of it, or else the fewest dimensions that hold it.
 
@@ -78,6 +79,7 @@ def roofline(
         ValueError: the chip is not the slice's, FLOPs or tokens are not positive, or coordinates are missing for a partition.
     """
     _check(chip, tpu_slice, cost, model_flops_per_chip, executed_flops_per_chip, tokens_per_chip, coordinates)
+    executed_flops_per_chip = max(executed_flops_per_chip, cost.dot_flops)
     ici = _ici_times(chip, tpu_slice, cost, coordinates)
     compute, hbm = executed_flops_per_chip / chip.bf16_flops, cost.hbm_bytes / chip.hbm_bytes_per_second
     dcn = cost.dcn_bytes / chip.dcn_bytes_per_second
@@ -114,8 +116,8 @@ def _on_chip_seconds(chip: Chip, cost: HloCost, executed_flops: float) -> float:
     if not cost.phases or not cost.dot_flops:
         return max(executed_flops / chip.bf16_flops, cost.hbm_bytes / chip.hbm_bytes_per_second)
     kernels = sum(phase.kernels for phase in cost.phases)
-    per_kernel = max(executed_flops - cost.dot_flops, 0.0) / kernels if kernels else 0.0
-    scale = (executed_flops - per_kernel * kernels) / cost.dot_flops
+    per_kernel = (executed_flops - cost.dot_flops) / kernels if kernels else 0.0
+    scale = 1.0 if kernels else executed_flops / cost.dot_flops
     return sum(
         max(
             (phase.dot_flops * scale + phase.kernels * per_kernel) / chip.bf16_flops,
