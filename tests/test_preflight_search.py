@@ -18,7 +18,7 @@ from tests.preflight_facts import compiled_as_estimated, good, invalid, out_of_m
 FLAGS = (NONE, ASYNC_ALL_GATHER, REDUCE_SCATTER_MATMUL, WHOLE_PRODUCTS)
 
 
-def job(name: str = "dclm-1b", **train: object) -> Job:
+def job(name: str = "dclm-1b", /, **train: object) -> Job:
     return replace_train(Job(name=name, model=JOBS[name].model, train=JOBS[name].train), **train)
 
 
@@ -101,6 +101,15 @@ def test_a_setting_that_the_compiler_refuses_is_not_the_end() -> None:
     assert best is not None
     assert best.setting.remat != "save_all"
     assert any("save_all" in note and "says the test" in note for note in done.notes)
+
+
+def test_a_finer_split_is_tried_where_the_compiler_refuses_the_coarser() -> None:
+    def compiler(what: str, order: CompileOrder) -> Compiled:
+        return refused("says the test") if order.train.context_parallel_size == 1 else good(compiled_as_estimated(order))
+
+    best = Search(job(), slice_named("v4-128"), compiler).run(Fixed("full", 1))
+    assert best is not None
+    assert (best.setting.context, best.setting.tensor) == (2, 1)
 
 
 def test_a_mesh_that_the_step_does_not_take_is_not_the_end() -> None:
