@@ -217,6 +217,7 @@ def test_hours_and_dollars() -> None:
     search = found("dclm-1b", "v4-128", Fixed())
     result = result_of(search, "on_demand")
     assert result.step_seconds is not None
+    assert result.hours is not None
     assert result.hours == pytest.approx(result.step_seconds * 54_931 / 3600)
     assert result.dollars == pytest.approx(result.hours * 64 * 3.22)
     spot = result_of(search, "spot")

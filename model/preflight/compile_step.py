@@ -86,8 +86,9 @@ def _lower(order: CompileOrder, mesh: Mesh) -> Any:
 
 def _facts(order: CompileOrder, mesh: Mesh, compiled: Any, assigned: int | None, **cpu_seconds: float) -> CompileFacts:
     tpu_slice, model, seq_len = slice_named(order.slice_name), order.model, _seq_len(order)
-    cost = analyse(compiled.as_text(), chips_per_slice=tpu_slice.num_chips if order.num_slices > 1 else None)
     attention = choose_backend(model, seq_len, "tpu")
+    chips_per_slice = tpu_slice.num_chips if order.num_slices > 1 else None
+    cost = analyse(compiled.as_text(), chips_per_slice=chips_per_slice, causal_loops=attention == "flash")
     block = attention_block_size(model, attention, seq_len // order.train.context_parallel_size)
     tokens_per_chip = order.train.train_batch_size * seq_len / mesh.devices.size
     per_token = {

@@ -31,17 +31,18 @@ _MEGASCALE = {
 }
 
 
-def analyse(text: str, *, chips_per_slice: int | None = None) -> HloCost:
+def analyse(text: str, *, chips_per_slice: int | None = None, causal_loops: bool = False) -> HloCost:
     """Reads `compiled.as_text()` of a program for TPU.
 
     chips_per_slice: where one program spans slices, partitions are numbered slice by slice; a group that holds chips of
         two slices then communicates over DCN. libtpu compiles one program per slice, whose transfers say it themselves.
+    causal_loops: whether blocks of attention are left out by loops that end at the diagonal; see `model.preflight.hlo_loops`.
 
     Raises:
         HloError: text that is not understood; the message names the line.
     """
     module = parse_module(text)
-    walk = _Walk(module, chips_per_slice)
+    walk = _Walk(module, chips_per_slice, causal_loops)
     walk.phase(module.entry, 1, None)
     walk.check_chains()
     arrays = tuple(
@@ -65,8 +66,9 @@ def analyse(text: str, *, chips_per_slice: int | None = None) -> HloCost:
 class _Walk:
     """Visits every instruction as often as it runs and adds up."""
 
-    def __init__(self, module: Module, chips_per_slice: int | None) -> None:
+    def __init__(self, module: Module, chips_per_slice: int | None, causal_loops: bool) -> None:
         self._module = module
+        self._causal_loops = causal_loops
         self._chips_per_slice = chips_per_slice
         self._started: set[str] = set()
         self._continued: dict[str, Instruction] = {}
@@ -93,7 +95,8 @@ class _Walk:
             self.hbm_bytes += times * hbm_bytes(self._module, computation, instruction)
             if instruction.opcode == "while":
                 inner = Loop(instruction, computation, loop)
-                self.phase(self._module.called(instruction, "body"), times * trip_count(self._module, inner), inner)
+                trips = trip_count(self._module, inner, causal=self._causal_loops)
+                self.phase(self._module.called(instruction, "body"), int(times * trips), inner)
             elif instruction.opcode == "conditional":
                 for branch in self._branches(instruction):  # which one runs is not known: both count
                     self.computation(branch, times, loop)
