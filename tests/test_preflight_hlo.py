@@ -163,6 +163,18 @@ def test_a_window_counts_where_it_meets_data() -> None:
     assert analyse(text).dot_flops == 2 * 128 * 8 * 32 * meetings
 
 
+@pytest.mark.parametrize(("left", "right", "share"), [("s8", "s8", 1.0), ("bf16", "s8", 0.0), ("bf16", "bf16", 0.0)])
+def test_products_of_integers_are_counted_apart(left: str, right: str, share: float) -> None:
+    text = entry(
+        f"%l = {left}[64,32]{{1,0}} parameter(1)",
+        f"%r = {right}[32,16]{{1,0}} parameter(2)",
+        "ROOT %d = f32[64,16]{1,0} dot(%l, %r), lhs_contracting_dims={1}, rhs_contracting_dims={0}",
+    )
+    cost = analyse(text)
+    assert cost.dot_flops == 2 * 64 * 32 * 16
+    assert cost.int8_flops == cost.phases[0].int8_flops == share * cost.dot_flops
+
+
 def test_whole_logits_in_any_shape_and_neither_chunks_nor_weights() -> None:
     text = entry(
         "%l = f32[4,64,512]{2,1,0} broadcast(%x), dimensions={1,2}",

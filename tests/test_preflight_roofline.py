@@ -91,6 +91,15 @@ def test_no_fewer_flops_are_executed_than_the_program_has() -> None:
     assert more.on_chip_seconds == pytest.approx(120e12 / 275e12)
 
 
+def test_integers_are_multiplied_at_their_own_peak() -> None:
+    v5e = slice_named("v5e-256")
+    cost = dataclasses.replace(costs(hbm_bytes=1.0), dot_flops=90e12, int8_flops=40e12, phases=(Phase("layers", 24, 90e12, 1.0, 4, 40e12),))
+    arguments = {"model_flops_per_chip": 80e12, "executed_flops_per_chip": 100e12, "tokens_per_chip": 8192.0}
+    found = roofline(CHIPS["v5e"], v5e, cost, **arguments)  # type: ignore[arg-type]
+    assert found.compute_seconds == found.on_chip_seconds == pytest.approx(60e12 / 197e12 + 40e12 / 394e12)
+    assert found.mfu_bound_exposed == pytest.approx(80e12 / 197e12 / found.compute_seconds)
+
+
 def test_synchronous_collectives_add_up() -> None:
     found = bounds(costs(collective("all-reduce", 8.4e9, EVERYONE), collective("reduce-scatter", 1.8e9, RING)))
     assert found.exposed_ici_seconds == pytest.approx(8.4e9 / 270e9 + 1.8e9 / 90e9)

@@ -64,10 +64,12 @@ def estimate(job: Job, tpu_slice: Slice, setting: Setting) -> Estimate:
     num_chips = tpu_slice.num_chips * job.train.slice_count
     split = num_chips // (setting.data * setting.context)  # chips that hold a weight between them
     tokens = job.tokens_per_step / num_chips
+    # A layer's products and their gradients in the activations; those in the weights and what is computed again are left out.
+    int8 = 4 * model.num_layers * _layer_parameters(model) if job.train.quantized_matmul == "int8" else 0
     return Estimate(
         hbm_bytes=_memory(job, setting, split, tokens / setting.microbatches),
         state_bytes=_state(job, split),
-        compute_seconds=_executed(job, setting) * tokens / chip.bf16_flops,
+        compute_seconds=(_executed(job, setting) - int8) * tokens / chip.bf16_flops + int8 * tokens / chip.int8_flops,
         hbm_seconds=_hbm_traffic(job, setting, split, tokens) / chip.hbm_bytes_per_second,
         ici_seconds=_ici_traffic(job, setting, split) / _ici_rate(chip, tpu_slice),
         ici_exposed=_ICI_EXPOSED[tpu_slice.generation],

@@ -15,7 +15,7 @@ from collections import Counter
 from model.preflight.hlo_cost import Collective, HloCost, NamedArray, Network, Phase
 from model.preflight.hlo_groups import replica_group
 from model.preflight.hlo_loops import Loop, trip_count
-from model.preflight.hlo_matmuls import matmul_flops
+from model.preflight.hlo_matmuls import is_int8, matmul_flops
 from model.preflight.hlo_memory import chain_link, custom_call_target, hbm_bytes, is_collective
 from model.preflight.hlo_text import Array, Computation, HloError, Instruction, Module, parse_module
 
@@ -60,6 +60,7 @@ def analyse(text: str, *, chips_per_slice: int | None = None, causal_loops: bool
         arrays=arrays,
         num_partitions=module.num_partitions,
         phases=tuple(walk.phases),
+        int8_flops=walk.int8_flops,
     )
 
 
@@ -73,7 +74,7 @@ class _Walk:
         self._started: set[str] = set()
         self._continued: dict[str, Instruction] = {}
         self.collectives: list[Collective] = []
-        self.dot_flops = 0.0
+        self.dot_flops = self.int8_flops = 0.0
         self.hbm_bytes = 0.0
         self.custom_calls: Counter[str] = Counter()
         self.phases: list[Phase] = []
@@ -82,12 +83,12 @@ class _Walk:
         """Adds the entry or a loop's body, and keeps what it costs apart from the loops inside it."""
         before, first = self._so_far(), len(self.phases)
         self.computation(computation, times, loop)
-        inside = [(one.dot_flops, one.hbm_bytes, one.kernels) for one in self.phases[first:]]
-        flops, hbm, kernels = (now - then - sum(inner) for now, then, *inner in zip(self._so_far(), before, *inside, strict=True))
-        self.phases.append(Phase(computation.name, times, flops, hbm, round(kernels)))
+        inside = [(one.dot_flops, one.hbm_bytes, one.kernels, one.int8_flops) for one in self.phases[first:]]
+        flops, hbm, kernels, int8 = (now - then - sum(inner) for now, then, *inner in zip(self._so_far(), before, *inside, strict=True))
+        self.phases.append(Phase(computation.name, times, flops, hbm, round(kernels), int8))
 
-    def _so_far(self) -> tuple[float, float, float]:
-        return self.dot_flops, self.hbm_bytes, float(self.custom_calls[_KERNEL])
+    def _so_far(self) -> tuple[float, float, float, float]:
+        return self.dot_flops, self.hbm_bytes, float(self.custom_calls[_KERNEL]), self.int8_flops
 
     def computation(self, computation: Computation, times: int, loop: Loop | None) -> None:
         """Adds a computation that runs instruction by instruction: the entry, a loop's body, a branch."""
@@ -147,7 +148,9 @@ class _Walk:
     ) -> None:
         opcode = instruction.opcode
         if opcode in ("dot", "convolution"):
-            self.dot_flops += times * matmul_flops(computation, instruction)
+            flops = times * matmul_flops(computation, instruction)
+            self.dot_flops += flops
+            self.int8_flops += flops if is_int8(computation, instruction) else 0.0
         elif opcode == "custom-call":
             self.custom_calls[custom_call_target(instruction)] += times
         elif opcode == "send":

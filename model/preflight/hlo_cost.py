@@ -53,6 +53,7 @@ class Phase:
     dot_flops: float
     hbm_bytes: float
     kernels: int  # Pallas kernels, whose FLOPs HLO does not tell
+    int8_flops: float = 0.0  # of dot_flops, those of integers
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class HloCost:
     arrays: tuple[NamedArray, ...]
     num_partitions: int
     phases: tuple[Phase, ...] = ()
+    int8_flops: float = 0.0  # of dot_flops, those whose operands are both integers of 8 bits or fewer
 
     def wire_bytes(self, kind: str | None = None, *, is_async: bool | None = None, network: Network = "ici") -> float:
         """Bytes one chip sends in a step, over all collectives or those asked for."""

@@ -9,7 +9,7 @@ the formula, the HLO is what is executed. Two bounds bracket the rest:
 
 ICI time is counted by links: a ring sends both ways, so a group that spans 1, 2 or 3 closed torus dimensions drives 2, 4 or
 6 links; a dimension without wrap-around links, or one that the group fills in part, gives one of its two.
-MFU is in the convention of the model FLOPs passed in (`model.flops`).
+MFU is in the convention of the model FLOPs passed in (`model.flops`), and of the bf16 peak, also where products are int8 and faster.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def roofline(
     _check(chip, tpu_slice, cost, model_flops_per_chip, executed_flops_per_chip, tokens_per_chip, coordinates)
     executed_flops_per_chip = max(executed_flops_per_chip, cost.dot_flops)
     ici = _ici_times(chip, tpu_slice, cost, coordinates)
-    compute, hbm = executed_flops_per_chip / chip.bf16_flops, cost.hbm_bytes / chip.hbm_bytes_per_second
+    compute = _compute_seconds(chip, executed_flops_per_chip, cost.int8_flops)
+    hbm = cost.hbm_bytes / chip.hbm_bytes_per_second
     dcn = cost.dcn_bytes / chip.dcn_bytes_per_second
     seconds: dict[Bound, float] = {"compute": compute, "hbm": hbm, "ici": ici.exposed + ici.hidden, "dcn": dcn}
     on_chip = _on_chip_seconds(chip, cost, executed_flops_per_chip)
@@ -114,17 +115,22 @@ def roofline(
 def _on_chip_seconds(chip: Chip, cost: HloCost, executed_flops: float) -> float:
     """Seconds of computation and HBM traffic, one loop after the other."""
     if not cost.phases or not cost.dot_flops:
-        return max(executed_flops / chip.bf16_flops, cost.hbm_bytes / chip.hbm_bytes_per_second)
+        return max(_compute_seconds(chip, executed_flops, cost.int8_flops), cost.hbm_bytes / chip.hbm_bytes_per_second)
     kernels = sum(phase.kernels for phase in cost.phases)
     per_kernel = (executed_flops - cost.dot_flops) / kernels if kernels else 0.0
     scale = 1.0 if kernels else executed_flops / cost.dot_flops
     return sum(
         max(
-            (phase.dot_flops * scale + phase.kernels * per_kernel) / chip.bf16_flops,
+            _compute_seconds(chip, phase.dot_flops * scale + phase.kernels * per_kernel, phase.int8_flops * scale),
             phase.hbm_bytes / chip.hbm_bytes_per_second,
         )
         for phase in cost.phases
     )
+
+
+def _compute_seconds(chip: Chip, flops: float, int8_flops: float) -> float:
+    """Of products at the chip's peaks, `int8_flops` of all `flops` at that of integers."""
+    return (flops - int8_flops) / chip.bf16_flops + int8_flops / chip.int8_flops
 
 
 class _IciTimes(NamedTuple):
