@@ -80,10 +80,10 @@ def test_links_that_bind_are_named() -> None:
     assert "HBM" not in first
 
 
-def test_traffic_that_the_compiler_overstates_is_noted_and_no_ground_for_advice() -> None:
-    search = found("dclm-7b", "v4-128", Fixed(), exposed=2.0, slice_count=4)
-    assert not any("ICI-bound" in line for line in lines(search))
-    assert any("ICI traffic is overstated" in note for note in result_of(search, "on_demand").notes)
+def test_where_the_figures_of_several_slices_come_from_is_noted() -> None:
+    search = found("dclm-7b", "v4-128", Fixed(), exposed=5.0, slice_count=4)
+    assert any("ICI-bound" in line for line in lines(search))
+    assert any("ICI traffic are those of one slice" in note for note in result_of(search, "on_demand").notes)
     assert not result_of(found("dclm-7b", "v4-8", Fixed("full"), slice_count=2), "on_demand").notes
 
 

@@ -27,7 +27,15 @@ COMPILED = {
         *("R1", "--accelerator", "v4-128", "--batch", "256", "--remat", "save_all", "--microbatches", "2"),
         *("--model.cross-entropy-block-size", "256"),  # a quarter of the tokens that a chip has at once
     ),
-    "two slices": ("r7", "--accelerator", "v4-8", "--num-slices", "2", "--batch", "16"),  # and all 1,024 of them in one block of the loss
+    "two slices": (
+        "r7",
+        "--accelerator",
+        "v4-128",
+        "--num-slices",
+        "2",
+        "--batch",
+        "256",
+    ),  # and all 1,024 of them in one block of the loss
     "v5e-16": ("R1", "--accelerator", "v5e-16", "--batch", "16"),
 }
 
@@ -111,10 +119,22 @@ def test_whole_logits_are_found_where_the_loss_has_one_block_and_only_there(
 
 def test_slices_exchange_gradients_only(compiled: dict[str, subprocess.CompletedProcess[str]]) -> None:
     two = found(compiled["two slices"])
-    assert (two["job"], two["num_slices"], two["num_chips"], two["mesh"]["data"]) == ("dclm-7b", 2, 8, 2)
+    assert (two["job"], two["num_slices"], two["num_chips"], two["mesh"]["data"]) == ("dclm-7b", 2, 128, 2)
     parameters = 2 * (4 * 512 * 512 + 3 * 512 * 1024) + 2 * 8192 * 512
-    assert two["dcn_bytes_per_chip"] == pytest.approx(parameters / 4 * 2, rel=0.6)  # a quarter each, in two bytes, or four of the head's
+    assert two["dcn_bytes_per_chip"] == pytest.approx(parameters / 64 * 2, rel=0.6)  # a 64th each, in two bytes, or four of the head's
     assert two["dcn_seconds"] > 0
+
+
+def test_traffic_inside_several_slices_is_that_of_a_torus(compiled: dict[str, subprocess.CompletedProcess[str]]) -> None:
+    one, two = found(compiled["v4-128"]), found(compiled["two slices"])
+    assert two["ici_bytes_per_chip"] == pytest.approx(one["ici_bytes_per_chip"] / 2, rel=0.1)  # one has two microbatches
+    inside = {
+        kind: sum(total["wire_bytes"] for total in two["collectives"] if (total["network"], total["kind"]) == ("ici", kind))
+        for kind in ("all-gather", "all-reduce")
+    }
+    assert inside["all-gather"] > 10 * inside["all-reduce"] > 0
+    assert two["all_gather_async_share"] > 0.4
+    assert any("one slice with its share of the batch" in note for note in two["notes"])
 
 
 def test_a_plane(compiled: dict[str, subprocess.CompletedProcess[str]]) -> None:

@@ -152,8 +152,6 @@ def _wrong_slice(search: Search, chosen: Trial, correction: Correction) -> Itera
     bounds = facts.roofline
     limits = _limits(bounds)
     name, slices = search.tpu_slice.name, search.job.train.slice_count
-    if limits == ["ICI"] and slices > 1 and any(search.tpu_slice.wrap):
-        return  # the compiler overstates it then: see the note in `model.preflight.result`
     where = f"{search.num_chips} {search.tpu_slice.generation} chips" + (f" in {slices} slices" if slices > 1 else "")
     text = (
         f"{search.job.name} on {where} is {' and '.join(f'{unit}-bound' for unit in limits)}: "

@@ -12,6 +12,7 @@ import re
 import resource
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from model.preflight.hlo_cost import Collective, HloCost, Network
 from model.preflight.roofline import roofline
 from model.preflight.topology import prepare, slice_devices
 from model.slices import slice_named
+from model.train_config import SimpleTrainConfig
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -44,10 +46,32 @@ def compile_step(order: CompileOrder, dump: Path) -> CompileOutcome:
     """
     prepare()
     emit("stage", name="load")
+    program = _program(order, dump)
+    if isinstance(program, CompileFailure):
+        return CompileOutcome(failure=program)
+    alone = program
+    if order.num_slices > 1 and any(slice_named(order.slice_name).wrap):
+        alone = _program(_one_slice(order), dump / "alone")
+        if isinstance(alone, CompileFailure):
+            return CompileOutcome(failure=alone)
+    emit("stage", name="analyse")
+    return CompileOutcome(facts=_facts(order, program, alone, assigned_bytes(dump)))
+
+
+@dataclass(frozen=True, eq=False)
+class _Program:
+    """A compiled step."""
+
+    mesh: Mesh
+    compiled: Any
+    lower_cpu_seconds: float
+    compile_cpu_seconds: float
+
+
+def _program(order: CompileOrder, dump: Path) -> _Program | CompileFailure:
     from model.mesh import make_mesh
 
-    devices = slice_devices(slice_named(order.slice_name), order.num_slices)
-    train = order.train
+    devices, train = slice_devices(slice_named(order.slice_name), order.num_slices), order.train
     emit("stage", name="trace")
     started = time.process_time()
     sizes = {"data": train.data_parallel_size, "context": train.context_parallel_size, "tensor": train.tensor_parallel_size}
@@ -55,18 +79,22 @@ def compile_step(order: CompileOrder, dump: Path) -> CompileOutcome:
         mesh = make_mesh(**sizes, devices=devices)
         lowered = _lower(order, mesh)
     except ValueError as error:
-        return CompileOutcome(failure=CompileFailure(kind="invalid", message=str(error)))
+        return CompileFailure(kind="invalid", message=str(error))
     lowered_at = time.process_time()
     emit("stage", name="compile")
     try:
         compiled = lowered.compile(compiler_options=order.compiler_options | _dump_options(dump))
     except Exception as error:  # jaxlib's XlaRuntimeError and plain ValueErrors about options: the text is what tells them apart
-        return CompileOutcome(failure=failure_of(str(error)))
-    compiled_at = time.process_time()
-    assigned = assigned_bytes(dump)
-    emit("stage", name="analyse")
-    facts = _facts(order, mesh, compiled, assigned, compile_cpu_seconds=compiled_at - lowered_at, lower_cpu_seconds=lowered_at - started)
-    return CompileOutcome(facts=facts)
+        return failure_of(str(error))
+    return _Program(mesh, compiled, lowered_at - started, time.process_time() - lowered_at)
+
+
+def _one_slice(order: CompileOrder) -> CompileOrder:
+    """The same step on one slice with its share of the batch: what a chip does there is the same but for the other slices."""
+    train, count = order.train, order.num_slices
+    shares = {"train_batch_size": train.train_batch_size // count, "data_parallel_size": train.data_parallel_size // count}
+    alone = SimpleTrainConfig(**{**dict(train), **shares, "slice_count": 1})
+    return order.model_copy(update={"train": alone, "num_slices": 1})
 
 
 def _lower(order: CompileOrder, mesh: Mesh) -> Any:
@@ -84,11 +112,18 @@ def _lower(order: CompileOrder, mesh: Mesh) -> Any:
     return step.lower(abstract_state(order.model, order.train, mesh), batch)
 
 
-def _facts(order: CompileOrder, mesh: Mesh, compiled: Any, assigned: int | None, **cpu_seconds: float) -> CompileFacts:
-    tpu_slice, model, seq_len = slice_named(order.slice_name), order.model, _seq_len(order)
+def _facts(order: CompileOrder, program: _Program, alone: _Program, assigned: int | None) -> CompileFacts:
+    """What was compiled. alone: of several slices that are tori, one by itself.
+
+    Ahead of time libtpu heeds `wrap` for one slice only: for several it makes padded all-reduces of all-gathers, as if there were no
+    rings. So memory and what crosses between slices is read from the program for all, the rest from that for one.
+    """
+    tpu_slice, model, seq_len, mesh = slice_named(order.slice_name), order.model, _seq_len(order), program.mesh
     attention = choose_backend(model, seq_len, "tpu")
     chips_per_slice = tpu_slice.num_chips if order.num_slices > 1 else None
-    cost = analyse(compiled.as_text(), chips_per_slice=chips_per_slice, causal_loops=attention == "flash")
+    whole = cost = analyse(program.compiled.as_text(), chips_per_slice=chips_per_slice, causal_loops=attention == "flash")
+    if alone is not program:
+        cost = analyse(alone.compiled.as_text(), causal_loops=attention == "flash").with_dcn_of(whole)
     block = attention_block_size(model, attention, seq_len // order.train.context_parallel_size)
     tokens_per_chip = order.train.train_batch_size * seq_len / mesh.devices.size
     per_token = {
@@ -100,10 +135,11 @@ def _facts(order: CompileOrder, mesh: Mesh, compiled: Any, assigned: int | None,
         tpu_slice,
         cost,
         tokens_per_chip=tokens_per_chip,
-        coordinates=[device.coords for device in mesh.devices.flat],
+        coordinates=[device.coords for device in alone.mesh.devices.flat],
         **{name: value * tokens_per_chip for name, value in per_token.items()},
     )
-    memory = compiled.memory_analysis()
+    memory = program.compiled.memory_analysis()
+    programs = {program, alone}
     return CompileFacts(
         memory=Memory(
             arguments=memory.argument_size_in_bytes,
@@ -116,10 +152,11 @@ def _facts(order: CompileOrder, mesh: Mesh, compiled: Any, assigned: int | None,
         attention=attention,
         collectives=_totals(cost),
         phases=cost.phases,
-        logits_arrays=_logits_arrays(order, mesh, cost),
+        logits_arrays=_logits_arrays(order, mesh, whole),
+        compile_cpu_seconds=sum(one.compile_cpu_seconds for one in programs),
+        lower_cpu_seconds=sum(one.lower_cpu_seconds for one in programs),
         process_cpu_seconds=time.process_time(),
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        **cpu_seconds,
     )
 
 

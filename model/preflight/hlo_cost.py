@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from model.preflight.hlo_text import Array
@@ -97,6 +97,10 @@ class HloCost:
     def async_share(self) -> float:
         """Share of all ICI bytes that can hide behind computation; 1 where nothing is sent."""
         return self.wire_bytes(is_async=True) / self.ici_bytes if self.ici_bytes else 1.0
+
+    def with_dcn_of(self, other: HloCost) -> HloCost:
+        """These costs, of one slice by itself, with what crosses between slices in another program."""
+        return replace(self, collectives=self.collectives + tuple(one for one in other.collectives if one.network == "dcn"))
 
     def largest_arrays(self, count: int = 10) -> tuple[NamedArray, ...]:
         """The largest arrays, one of each type and shape, largest first."""

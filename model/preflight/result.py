@@ -173,8 +173,8 @@ def _caveats(tpu_slice: Slice, num_slices: int) -> tuple[str, ...]:
     if num_slices == 1 or not any(tpu_slice.wrap):
         return ()
     return (
-        f"ahead of time libtpu compiles for several slices as if {tpu_slice.name} had no wrap-around links (it heeds `wrap` for one slice "
-        "only), and makes padded all-reduces of all-gathers: ICI traffic is overstated here, compare one slice with its share of the batch",
+        f"ahead of time libtpu compiles for several slices as if {tpu_slice.name} had no wrap-around links: FLOPs, HBM and ICI traffic are "
+        "those of one slice with its share of the batch, compiled too; HBM needed and DCN traffic those of all slices",
     )
 
 
