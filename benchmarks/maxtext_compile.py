@@ -101,7 +101,8 @@ def maxtext_figures(job: Any, tpu_slice: Any) -> tuple[dict[str, float], dict[st
     memory = {name: found[name] for name in ("arguments", "temporaries", "code")}
     parts = {kind: cost.wire_bytes(kind) for kind in sorted({one.kind for one in cost.collectives})}
     kernels = cost.custom_calls.get("tpu_custom_call", 0)
-    logits = len(cost.shapes_with(job.model.seq_len, job.model.vocab_size))
+    shape = job.train.train_batch_size // tpu_slice.num_chips, job.model.seq_len, job.model.vocab_size
+    logits = len(cost.whole_logits(shape, {job.model.hidden_dim, job.model.hidden_dim // tpu_slice.num_chips}))
     return figures_of(job, tpu_slice, memory, parts, cost.dot_flops, kernels, logits, found["compile_cpu_s"]), found["versions"]
 
 

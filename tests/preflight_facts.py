@@ -57,7 +57,7 @@ def compiled_as_estimated(order: CompileOrder, *, memory: float = 1.0, hbm: floa
         tokens_per_second_per_chip=1.0 / step,
     )
     return CompileFacts(
-        memory=Memory(arguments=0, temporaries=int(made.hbm_bytes * memory), code=0),
+        memory=Memory(arguments=0, temporaries=int(made.hbm_bytes * memory), code=0, assigned=int(made.hbm_bytes * memory * 0.9)),
         roofline=bounds,
         mesh={"data": 1, "fsdp": 16, "fsdp_ring": 4, "context": 1, "tensor": 1},
         attention="splash",
@@ -71,16 +71,23 @@ def compiled_as_estimated(order: CompileOrder, *, memory: float = 1.0, hbm: floa
     )
 
 
-def out_of_memory(order: CompileOrder, *, memory: float = 1.0) -> Compiled:
+def out_of_memory(order: CompileOrder, *, memory: float = 1.0, temporaries_only: bool = False) -> Compiled:
     """The compiler's refusal for want of HBM, with its figure."""
     needed = compiled_as_estimated(order, memory=memory).memory.total
-    failure = CompileFailure(kind="out_of_memory", message="Ran out of memory in memory space hbm", hbm_bytes=needed)
+    failure = CompileFailure(
+        kind="out_of_memory", message="Ran out of memory in memory space hbm", hbm_bytes=needed, temporaries_only=temporaries_only
+    )
     return Compiled(CompileOutcome(failure=failure), from_cache=False)
 
 
 def refused(message: str = "No such compile option") -> Compiled:
     """The compiler's refusal of anything else."""
     return Compiled(CompileOutcome(failure=CompileFailure(kind="refused", message=message)), from_cache=False)
+
+
+def invalid(message: str) -> Compiled:
+    """The refusal of the step's own code."""
+    return Compiled(CompileOutcome(failure=CompileFailure(kind="invalid", message=message)), from_cache=False)
 
 
 def good(facts: CompileFacts) -> Compiled:

@@ -68,6 +68,7 @@ def test_changes_on_the_command_line_are_in_the_plan(tmp_path: Path) -> None:
         (["--force", "("], "is not a regular expression"),
         (["--root", "gs://bucket"], "only local directories are supported"),
         (["--text", "/nowhere/*.txt"], "matches no file"),
+        (["--model.logit-soft-cap", "30"], "the model could not be exported: model.logit_soft_cap=30 has no place in a Hugging Face"),
     ],
 )
 def test_a_mistake_is_answered_in_a_few_lines_before_anything_starts(arguments: list[str], message: str, tmp_path: Path) -> None:

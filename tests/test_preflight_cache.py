@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -11,10 +18,11 @@ import pytest
 from model import child
 from model.preflight import cache, compiler
 from model.preflight.compiler import CompilerCrash, compile_order
-from model.preflight.facts import CompileOrder, CompileOutcome
+from model.preflight.facts import CompileFacts, CompileOrder, CompileOutcome
 from model.preflight.settings import Job, Setting, replace_train
+from model.preflight.workspace import workspace
 from model.presets import JOBS
-from tests.preflight_facts import compiled_as_estimated
+from tests.preflight_facts import compiled_as_estimated, invalid, out_of_memory, refused
 
 
 def order(**train: object) -> CompileOrder:
@@ -22,6 +30,11 @@ def order(**train: object) -> CompileOrder:
         replace_train(Job(name="r1", model=JOBS["dclm-1b"].model, train=JOBS["dclm-1b"].train), **train), 64
     )
     return CompileOrder(model=job.model, train=job.train, slice_name="v4-128", num_slices=1, compiler_options={})
+
+
+def without_layout(facts: CompileFacts) -> CompileFacts:
+    """What a full disk leaves: the compiler's report is missing."""
+    return facts.model_copy(update={"memory": facts.memory.model_copy(update={"assigned": None})})
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +69,46 @@ def test_an_outcome_is_kept_and_not_used_where_that_is_not_wanted(monkeypatch: p
 
 
 @pytest.mark.parametrize(
+    "made",
+    [
+        refused("No such compile option").outcome,
+        invalid("does not divide").outcome,
+        CompileOutcome(facts=without_layout(compiled_as_estimated(order()))),
+    ],
+    ids=["refused", "invalid", "a report that is not there"],
+)
+def test_what_another_compilation_might_say_otherwise_is_not_kept(made: CompileOutcome, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "check_compiler", lambda: None)
+    monkeypatch.setattr(compiler, "_in_child", lambda *_: made)
+    assert compile_order(order()).outcome == made
+    assert cache.load(order()) is None
+    monkeypatch.setattr(compiler, "_in_child", lambda *_: outcome())
+    assert compile_order(order()).outcome == outcome()
+
+
+def test_want_of_memory_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "check_compiler", lambda: None)
+    monkeypatch.setattr(compiler, "_in_child", lambda *_: out_of_memory(order()).outcome)
+    assert not compile_order(order()).from_cache
+    assert compile_order(order()).from_cache
+
+
+def test_the_compiler_has_no_environment_of_the_caller() -> None:
+    """Everything that a caller may have set for training on its own devices would change what is compiled, or by what."""
+    set_by_caller = {"LIBTPU_INIT_ARGS": "--xla_tpu_x=false", "XLA_FLAGS": "--xla_y", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    set_by_caller |= {"JAX_PLATFORMS": "tpu", "JAX_ENABLE_X64": "1", "TPU_LIBRARY_PATH": "/nowhere.so", "MEGASCALE_NUM_SLICES": "2"}
+    script = "import json, os; from model.preflight import topology; topology.prepare(); print(json.dumps(dict(os.environ)))"
+    pytest.importorskip("libtpu")
+    seen = []
+    for extra in ({}, set_by_caller):
+        clean = {name: value for name, value in child.child_environment().items() if name not in set_by_caller}
+        done = subprocess.run([sys.executable, "-c", script], env=clean | extra, capture_output=True, text=True, check=True)
+        seen.append(json.loads(done.stdout))
+    assert seen[0] == seen[1]
+    assert seen[1]["JAX_PLATFORMS"] == "cpu"
+
+
+@pytest.mark.parametrize(
     "damage",
     [
         lambda text: text[: len(text) // 2],
@@ -83,8 +136,11 @@ def test_the_key_is_what_the_program_depends_on(monkeypatch: pytest.MonkeyPatch)
     assert cache.cache_key(order(z_loss_weight=0.0)) != key
     assert cache.cache_key(order().model_copy(update={"compiler_options": {"a": "b"}})) != key
     assert cache.cache_key(order().model_copy(update={"num_slices": 2})) != key
-    monkeypatch.setattr(cache, "_version", lambda package: "another")
-    assert cache.cache_key(order()) != key
+    assert cache.cache_key(order(compiler_options={"a": "b"})) != key
+    version = cache._version
+    for changed in ("jax", "jaxlib", "libtpu", "optax", "qwix"):
+        monkeypatch.setattr(cache, "_version", lambda package, changed=changed: "another" if package == changed else version(package))
+        assert cache.cache_key(order()) != key, changed
 
 
 def test_the_code_that_shapes_the_step_is_part_of_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,3 +178,59 @@ def test_a_cache_that_cannot_be_written_is_said_and_no_more(monkeypatch: pytest.
     monkeypatch.setenv(cache.CACHE_VARIABLE, "/proc/nowhere")
     assert compile_order(order()).outcome == outcome()
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_what_killed_compilations_left_is_removed_and_what_lives_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left = [tmp_path / f"preflight-compile-{name}" for name in ("killed", "in use", "being made")]
+    for directory in left:
+        directory.mkdir()
+        (directory / "dump").mkdir()
+        (directory / "lock").touch()
+    long_ago = time.time() - 1000
+    for directory in left[:2]:
+        os.utime(directory / "lock", (long_ago, long_ago))
+    with (left[1] / "lock").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with workspace() as own:
+            assert sorted(tmp_path.iterdir()) == sorted([own, *left[1:]])
+    assert sorted(tmp_path.iterdir()) == sorted(left[1:])
+
+
+SLOW_COMPILER = """
+import pathlib, sys, time
+from model.child import die_with_parent
+die_with_parent()
+dump = pathlib.Path(sys.argv[1]) / "dump"
+dump.mkdir()
+(dump / "module.txt").write_text("half a report")
+print('{"event": "stage", "name": "compile"}', flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_preflight_leaves_nothing(tmp_path: Path, number: signal.Signals, status: int) -> None:
+    pytest.importorskip("libtpu")
+    shutil.copytree(cache._MODEL, tmp_path / "copy" / "model", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "copy" / "model" / "preflight" / "compile_step.py").write_text(SLOW_COMPILER)
+    (tmp_path / "temporary").mkdir()
+    variables = os.environ | {"PYTHONPATH": str(tmp_path / "copy"), "TMPDIR": str(tmp_path / "temporary")}
+    command = [sys.executable, "-m", "model.preflight", "debug", "--accelerator", "v4-8", "--no-search"]
+    with subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=variables,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test in the background may have it ignored
+    ) as process:
+        assert process.stderr is not None
+        assert "compile 1: " in process.stderr.readline()  # the child is at work
+        assert list((tmp_path / "temporary").rglob("module.txt"))
+        os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)  # a terminal signals all of its group
+        rest = process.stderr.read()
+    assert process.returncode == status
+    assert "Traceback" not in rest
+    assert not list((tmp_path / "temporary").iterdir())

@@ -54,6 +54,16 @@ def test_what_more_or_less_of_everything_does() -> None:
     assert made(slice_count=2).dcn_seconds > 0
 
 
+def test_int8_products_take_half_the_time_where_the_chip_can() -> None:
+    def seconds(slice_name: str, quantized: str | None) -> float:
+        wanted = job("dclm-7b", quantized_matmul=quantized)
+        return estimate(wanted, slice_named(slice_name), Setting("full", 1, 1, 1, 1)).compute_seconds
+
+    assert 0.65 < seconds("v5e-256", "int8") / seconds("v5e-256", None) < 0.8
+    assert seconds("v4-128", "int8") == pytest.approx(seconds("v4-128", None))
+    assert seconds("v5e-256", "fp8") == seconds("v5e-256", None)
+
+
 def test_many_microbatches_cost_traffic_that_does_not_hide_on_a_plane() -> None:
     # compiled: 4.85 s with the batch at once, 5.64 s in eight parts although these recompute less
     at_once, in_parts = (

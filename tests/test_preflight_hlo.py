@@ -33,8 +33,8 @@ def entry(*instructions: str, before: str = "", partitions: int = 64) -> str:
     return f"HloModule m, num_partitions={partitions}\n{before}\nENTRY %main (x: f32[64,512]) -> f32[64,512] {{\n{body}\n}}\n"
 
 
-def only(text: str, **options: int) -> Collective:
-    (collective,) = analyse(text, **options).collectives
+def only(text: str, *, chips_per_slice: int | None = None) -> Collective:
+    (collective,) = analyse(text, chips_per_slice=chips_per_slice).collectives
     return collective
 
 
@@ -70,36 +70,6 @@ def test_a_chain_that_nothing_starts_is_refused() -> None:
     )
     with pytest.raises(HloError, match=r"nothing starts.*in line \d+.*all-gather"):
         analyse(orphan)
-
-
-@pytest.mark.parametrize(
-    ("condition", "step", "trips"),
-    [
-        ("constant(8), direction=LT", 2, 4),
-        ("constant(8), direction=LT", 1, 8),
-        ("constant(7), direction=LE", 1, 8),
-        ("constant(9), direction=LT", 2, 5),
-        ("constant(8), direction=NE", 4, 2),
-    ],
-)
-def test_counters_are_followed(condition: str, step: int, trips: int) -> None:
-    limit, direction = condition.split(", ")
-    text = CHAIN.replace("%n = s32[] constant(6)", f"%n = s32[] {limit}").replace("direction=LT", direction)
-    text = text.replace("%one = s32[] constant(1)", f"%one = s32[] constant({step})")
-    assert analyse(text).collectives[0].times == trips
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("%next = s32[] add(%k, %one)", "%next = s32[] multiply(%k, %one)"),
-        ("%one = s32[] constant(1)", "%one = s32[] constant(-1)"),
-        ("%first = s32[] constant(0)", "%first = s32[] get-dimension-size(%y), dimensions={0}"),
-    ],
-)
-def test_a_loop_that_cannot_be_counted_is_refused(old: str, new: str) -> None:
-    with pytest.raises(HloError, match=r"a loop whose counter .* in line \d+ of the HLO: %loop"):
-        analyse(CHAIN.replace(old, new))
 
 
 SUM = "\n%sum (a: f32[], b: f32[]) -> f32[] {\n  %a = f32[] parameter(0)\n  %b = f32[] parameter(1)\n  ROOT %s = f32[] add(%a, %b)\n}\n"
@@ -193,13 +163,35 @@ def test_a_window_counts_where_it_meets_data() -> None:
     assert analyse(text).dot_flops == 2 * 128 * 8 * 32 * meetings
 
 
-def test_arrays_of_a_shape() -> None:
+@pytest.mark.parametrize(("left", "right", "share"), [("s8", "s8", 1.0), ("bf16", "s8", 0.0), ("bf16", "bf16", 0.0)])
+def test_products_of_integers_are_counted_apart(left: str, right: str, share: float) -> None:
     text = entry(
-        "%l = f32[4,64,512]{2,1,0} broadcast(%x), dimensions={1,2}", "ROOT %s = f32[64,512]{1,0} slice(%x), slice={[0:64], [0:512]}"
+        f"%l = {left}[64,32]{{1,0}} parameter(1)",
+        f"%r = {right}[32,16]{{1,0}} parameter(2)",
+        "ROOT %d = f32[64,16]{1,0} dot(%l, %r), lhs_contracting_dims={1}, rhs_contracting_dims={0}",
     )
     cost = analyse(text)
-    assert [str(named.array) for named in cost.shapes_with(64, 512)] == ["f32[4,64,512]"]
-    assert [named.instruction for named in cost.largest_arrays(1)] == ["l"]
+    assert cost.dot_flops == 2 * 64 * 32 * 16
+    assert cost.int8_flops == cost.phases[0].int8_flops == share * cost.dot_flops
+
+
+def test_whole_logits_in_any_shape_and_neither_chunks_nor_weights() -> None:
+    text = entry(
+        "%l = f32[4,64,512]{2,1,0} broadcast(%x), dimensions={1,2}",
+        "%flat = bf16[256,512]{1,0} bitcast(%l)",
+        "%turned = f32[512,256]{1,0} transpose(%flat), dimensions={1,0}",
+        "%chunks = f32[16,20,512]{2,1,0} broadcast(%x), dimensions={1,2}",
+        "%other = f32[256,1024]{1,0} broadcast(%x), dimensions={1}",
+        "%chunk = f32[64,512]{1,0} slice(%x), slice={[0:64], [0:512]}",
+        "%head = f32[1024,512]{1,0} parameter(1)",
+        "ROOT %part = f32[2,512,512]{2,1,0} bitcast(%head)",
+    )
+    cost = analyse(text)
+    found = cost.whole_logits((4, 64, 512), {1024})
+    assert [named.instruction for named in found] == ["l", "flat", "turned", "chunks"]
+    as_many_tokens_as_rows = cost.whole_logits((4, 64, 512), {1024, 256})
+    assert [named.instruction for named in as_many_tokens_as_rows] == ["l", "chunks"]
+    assert [str(named.array) for named in cost.largest_arrays(1)] == ["f32[2,512,512]"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from model.config import LlamaConfig
 from model.flops import CHIPS, executed_flops_per_token, train_flops_per_token
-from model.preflight.hlo import Collective, HloCost, Network
+from model.preflight.hlo import Collective, HloCost, Network, Phase
 from model.preflight.roofline import Roofline, links_of, roofline
 from model.slices import slice_named
 
@@ -77,6 +77,27 @@ def test_the_reference_job_as_it_was_measured() -> None:
     assert found.mfu_bound_exposed_by_colors < found.mfu_bound_exposed
     assert found.ici_bytes_per_chip == pytest.approx(11.56e9, rel=1e-3)
     assert found.all_gather_async_share == pytest.approx(0.858, abs=1e-3)
+
+
+def test_no_fewer_flops_are_executed_than_the_program_has() -> None:
+    phases = (Phase("layers", 24, 100e12, 1.0, 0), Phase("head", 1, 10e12, 1.0, 0))
+    cost = dataclasses.replace(costs(), dot_flops=110e12, phases=phases)
+    found = bounds(cost)  # by the formula 103e12
+    assert found.executed_flops_per_chip == 110e12
+    assert found.compute_seconds == found.on_chip_seconds == pytest.approx(110e12 / 275e12)
+    with_kernels = dataclasses.replace(cost, phases=(dataclasses.replace(phases[0], kernels=48), phases[1]))
+    assert bounds(with_kernels).on_chip_seconds == pytest.approx(110e12 / 275e12)
+    more = bounds(with_kernels, executed_flops_per_chip=120e12)  # what the formula has more is the kernels'
+    assert more.on_chip_seconds == pytest.approx(120e12 / 275e12)
+
+
+def test_integers_are_multiplied_at_their_own_peak() -> None:
+    v5e = slice_named("v5e-256")
+    cost = dataclasses.replace(costs(hbm_bytes=1.0), dot_flops=90e12, int8_flops=40e12, phases=(Phase("layers", 24, 90e12, 1.0, 4, 40e12),))
+    arguments = {"model_flops_per_chip": 80e12, "executed_flops_per_chip": 100e12, "tokens_per_chip": 8192.0}
+    found = roofline(CHIPS["v5e"], v5e, cost, **arguments)  # type: ignore[arg-type]
+    assert found.compute_seconds == found.on_chip_seconds == pytest.approx(60e12 / 197e12 + 40e12 / 394e12)
+    assert found.mfu_bound_exposed == pytest.approx(80e12 / 197e12 / found.compute_seconds)
 
 
 def test_synchronous_collectives_add_up() -> None:

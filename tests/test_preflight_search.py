@@ -7,16 +7,18 @@ import pytest
 from model.preflight.compiler import Compiled
 from model.preflight.compiler_flags import ASYNC_ALL_GATHER, NONE, REDUCE_SCATTER_MATMUL, WHOLE_PRODUCTS, flag_choice
 from model.preflight.facts import CompileOrder
+from model.preflight.report import choice_rows
+from model.preflight.result import result_of
 from model.preflight.search import MOST_COMPILES, CompilerRefused, Search
 from model.preflight.settings import Fixed, Job, Setting, replace_train, settings_of, single_setting
 from model.presets import JOBS
 from model.slices import SLICES, slice_named
-from tests.preflight_facts import compiled_as_estimated, good, out_of_memory, refused, setting_of
+from tests.preflight_facts import compiled_as_estimated, good, invalid, out_of_memory, refused, setting_of
 
 FLAGS = (NONE, ASYNC_ALL_GATHER, REDUCE_SCATTER_MATMUL, WHOLE_PRODUCTS)
 
 
-def job(name: str = "dclm-1b", **train: object) -> Job:
+def job(name: str = "dclm-1b", /, **train: object) -> Job:
     return replace_train(Job(name=name, model=JOBS[name].model, train=JOBS[name].train), **train)
 
 
@@ -69,7 +71,8 @@ def test_what_a_compilation_needs_corrects_the_estimate() -> None:
     assert best is not None
     assert done.fits(best)
     assert not done.fits(done.trials[0])
-    assert done.correction == pytest.approx(2.5)
+    last = done.trials[-1]
+    assert last.estimate.corrected_bytes(done.correction) == pytest.approx(last.hbm_bytes)
     assert len(compiler.asked) <= 4
 
 
@@ -87,6 +90,77 @@ def test_a_step_refused_with_any_options_is_an_error() -> None:
     names = tuple(one.name for one in FLAGS)
     with pytest.raises(CompilerRefused, match="the TPU compiler refuses this step"):
         search(job(), "v4-128", Compiler(refuses=names)).run(Fixed())
+
+
+def test_a_setting_that_the_compiler_refuses_is_not_the_end() -> None:
+    def compiler(what: str, order: CompileOrder) -> Compiled:
+        return refused("says the test") if order.model.remat == "save_all" else good(compiled_as_estimated(order))
+
+    done = Search(job(), slice_named("v4-128"), compiler)
+    best = done.run(Fixed())
+    assert best is not None
+    assert best.setting.remat != "save_all"
+    assert any("save_all" in note and "says the test" in note for note in done.notes)
+
+
+def test_a_finer_split_is_tried_where_the_compiler_refuses_the_coarser() -> None:
+    def compiler(what: str, order: CompileOrder) -> Compiled:
+        return refused("says the test") if order.train.context_parallel_size == 1 else good(compiled_as_estimated(order))
+
+    best = Search(job(), slice_named("v4-128"), compiler).run(Fixed("full", 1))
+    assert best is not None
+    assert (best.setting.context, best.setting.tensor) == (2, 1)
+
+
+def test_a_mesh_that_the_step_does_not_take_is_not_the_end() -> None:
+    asked: list[int] = []
+
+    def compiler(what: str, order: CompileOrder) -> Compiled:
+        asked.append(order.train.context_parallel_size)
+        return invalid("two are too few") if asked[-1] == 2 else good(compiled_as_estimated(order))
+
+    done = Search(job(), slice_named("v4-1024"), compiler)
+    best = done.run(Fixed())
+    assert best is not None
+    assert best.setting.context == 4
+    assert asked.count(2) == 1
+    assert any("context 2: no such step: two are too few" in note for note in done.notes)
+
+
+def test_a_job_whose_every_setting_is_invalid_is_refused_as_such() -> None:
+    done = Search(job(), slice_named("v4-128"), lambda what, order: invalid(f"not {setting_of(order)}"))
+    with pytest.raises(ValueError, match=r"not remat \w+, 1 microbatch$") as raised:  # of the plainest mesh
+        done.run(Fixed())
+    assert not isinstance(raised.value, CompilerRefused)
+    meshes = [(trial.setting.context, trial.setting.tensor) for trial in done.trials]
+    assert len(meshes) == len(set(meshes))
+
+
+def test_the_jobs_own_compiler_options_win_and_are_reported() -> None:
+    own = {"xla_tpu_enable_async_collective_fusion": "false", "xla_tpu_of_the_job": "1"}
+    asked: list[dict[str, str]] = []
+
+    def compiler(what: str, order: CompileOrder) -> Compiled:
+        asked.append(order.compiler_options)
+        return good(compiled_as_estimated(order))
+
+    done = Search(job(compiler_options=own), slice_named("v4-128"), compiler)
+    best = done.run(Fixed())
+    assert best is not None
+    assert all(options.items() >= own.items() for options in asked)
+    assert best.compiler_options == best.flag_set.options | own
+    found = result_of(done, "on_demand")
+    assert found.compiler_options == best.compiler_options
+    assert "xla_tpu_enable_async_collective_fusion=false" in dict(choice_rows(found))["compiler options"]
+
+
+def test_a_compiler_option_of_the_job_that_is_none_is_refused_at_once() -> None:
+    done = Search(
+        job(compiler_options={"xla_no_such": "1"}), slice_named("v4-128"), lambda what, order: refused("No such option xla_no_such")
+    )
+    with pytest.raises(ValueError, match=r"train.compiler_options=.*No such option xla_no_such"):
+        done.run(Fixed())
+    assert len(done.trials) == 1
 
 
 def test_what_is_fixed_stays_and_may_then_not_fit() -> None:
@@ -141,6 +215,19 @@ def test_sequences_too_short_to_split_split_the_heads() -> None:
     assert all(setting.context == 1 for setting in settings)
 
 
+@pytest.mark.parametrize(("seq_len", "contexts"), [(1152, {1}), (1024, {1, 2, 4}), (768, {1}), (512, {1, 2}), (2000, {1, 2, 4})])
+def test_pieces_of_a_sequence_are_what_the_attention_kernel_takes(seq_len: int, contexts: set[int]) -> None:
+    settings = settings_of(job(train_batch_size=4, train_seq_len=seq_len), SLICES["v4-8"], Fixed())
+    assert {setting.context for setting in settings} == contexts
+    assert {(one.context, one.tensor) for one in settings} >= {(1, size) for size in (2, 4) if size not in contexts}
+
+
+def test_a_single_sequence_that_cannot_be_split_splits_the_heads() -> None:
+    best = search(job(train_batch_size=1, train_seq_len=1152), "v4-8", Compiler()).run(Fixed())
+    assert best is not None
+    assert (best.setting.context, best.setting.tensor) == (1, 4)
+
+
 def test_a_sequence_too_long_for_a_chip_is_split_over_several() -> None:
     wanted = job("dclm-7b", train_batch_size=64, train_seq_len=131_072)
     wanted = wanted.model_copy(update={"model": wanted.model.model_copy(update={"seq_len": 131_072})})
@@ -172,6 +259,18 @@ def test_what_does_not_divide_is_refused_with_what_would(train: dict[str, int], 
 def test_microbatches_that_do_not_divide() -> None:
     with pytest.raises(ValueError, match=r"--microbatches=3 does not divide the 4 sequences of each device: use one of 1, 2, 4"):
         settings_of(job(), SLICES["v4-128"], Fixed(microbatches=3))
+
+
+@pytest.mark.parametrize("microbatches", [0, -1])
+def test_no_microbatches(microbatches: int) -> None:
+    with pytest.raises(ValueError, match=rf"--microbatches={microbatches}: the batch is computed in 1 part or more"):
+        Fixed.of(job(), 64, microbatches=microbatches)
+
+
+def test_a_single_setting_that_does_not_divide_is_refused_before_it_is_compiled() -> None:
+    wanted = job(context_parallel_size=16)
+    with pytest.raises(ValueError, match=r"context_parallel_size=16 .*does not divide the 4 device"):
+        search(wanted, "v4-8", Compiler()).single(single_setting(wanted, Fixed()))
 
 
 def test_what_the_configuration_names_is_fixed_and_its_defaults_are_not() -> None:

@@ -16,7 +16,7 @@ from model.batch_arithmetic import BatchArithmetic
 from model.config import LlamaConfig
 from model.feed import place
 from model.train_config import SimpleTrainConfig
-from model.train_step import TrainState, abstract_state, compile_train_step, init_state, make_train_step, state_shardings
+from model.train_step import TrainState, abstract_state, compile_train_step, init_state, state_shardings
 from tests.plain_llama import loss_terms
 
 SEQ_LEN, BATCH, VOCAB = 32, 16, 60
@@ -67,7 +67,7 @@ def run_steps(config: LlamaConfig, train: SimpleTrainConfig, devices: int, steps
         devices=jax.devices()[:devices],
     )
     state = jax.device_put(initial(config), state_shardings(config, train, mesh))
-    step = make_train_step(config, train, mesh, BatchArithmetic.of(train, devices).num_microbatches)
+    step = compile_train_step(config, train, mesh, BatchArithmetic.of(train, devices).num_microbatches, tell=pytest.fail)
     history = []
     for index in range(steps):
         state, metrics = step(state, place(rows(index), partitioning.batch_sharding(mesh)))
@@ -153,7 +153,7 @@ def test_a_step_that_is_not_finite_changes_nothing() -> None:
     state = init_state(config, train, mesh)
     state = state._replace(params={**state.params, "norm": state.params["norm"] * np.inf})
     before = jax.device_get(state)
-    after, metrics = make_train_step(config, train, mesh, 1)(state, place(rows(), partitioning.batch_sharding(mesh)))
+    after, metrics = compile_train_step(config, train, mesh, 1, tell=pytest.fail)(state, place(rows(), partitioning.batch_sharding(mesh)))
     assert not bool(metrics["finite"])
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(after), before)
 

@@ -39,12 +39,15 @@ def cache_directory() -> Path:
 
 
 def cache_key(order: CompileOrder) -> str:
-    """Digest of everything that can change the outcome: the order, the compiler's version, the code that shapes the step."""
+    """Digest of everything that can change the outcome: the order, the compiler's version, the code that shapes the step.
+
+    The environment is no part of it, because `model.preflight.topology.prepare` keeps it from the compiler.
+    """
     asked = order.model_dump(mode="json")
     asked["train"] = {name: value for name, value in asked["train"].items() if name not in _IGNORED_TRAIN_FIELDS}
     content = {
         "order": asked,
-        "versions": {name: _version(name) for name in ("jax", "jaxlib", "libtpu", "optax")},
+        "versions": {name: _version(name) for name in ("jax", "jaxlib", "libtpu", "optax", "qwix")},
         "code": code_digest(),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

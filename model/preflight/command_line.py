@@ -1,6 +1,6 @@
 """The command `python -m model.preflight PRESET --accelerator v4-128 [flags]`.
 
-Exit status: 0 the job fits, 3 it does not, 2 the request was wrong, 1 the compiler failed.
+Exit status: 0 the job fits, 3 it does not, 2 the request was wrong, 1 the compiler failed, 130 or 143 it was interrupted.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -22,6 +23,7 @@ from model.flops import num_parameters
 from model.preflight.compiler import CompilerCrash
 from model.preflight.prices import PricingModel
 from model.preflight.progress import Progress
+from model.preflight.remedies import find_remedies
 from model.preflight.result import Preflight, result_of
 from model.preflight.search import CompilerRefused, Search
 from model.preflight.settings import Fixed, Job, replace_train, single_setting
@@ -134,19 +136,33 @@ def _preflight(job: Job, flags: Arguments) -> int:
     assert job.train.accelerator_type is not None
     tpu_slice = slice_named(job.train.accelerator_type)
     num_chips = tpu_slice.num_chips * job.train.slice_count
+    if flags.plot is not None:
+        _check_plot(flags.plot)
     console = Console(stderr=True)
     with Progress(console) as progress:
         search = Search(job, tpu_slice, progress.compile if not flags.no_cache else progress.compile_afresh)
         fixed = Fixed.of(job, num_chips, remat=flags.remat, microbatches=flags.microbatches)
+        remedies = None
         if flags.no_search:
             search.single(single_setting(job, fixed))
-        else:
-            search.run(fixed)
-    found = result_of(search, flags.price)
+        elif search.run(fixed) is None:
+            remedies = find_remedies(search, fixed)
+    found = result_of(search, flags.price, remedies)
     if flags.plot is not None:
         _plot(found, flags.plot)
     _print(found, as_json=flags.json)
     return FITS if found.fits else DOES_NOT_FIT
+
+
+def _check_plot(path: Path) -> None:
+    """Raises ValueError where no file can be written at `path`."""
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"--plot {path} cannot be written: {error.strerror}; give a file in a directory that exists") from error
+    if path.is_dir():
+        raise ValueError(f"--plot {path} is a directory: give the name of a file, such as {path / 'roofline.png'}")
 
 
 def _plot(found: Preflight, path: Path) -> None:

@@ -1,4 +1,6 @@
-"""The child process that compiles one step for a TPU slice: `python -m model.preflight.compile_step ORDER.json`.
+"""The child process that compiles one step for a TPU slice: `python -m model.preflight.compile_step DIRECTORY`.
+
+The directory holds `order.json`; the compiler's own reports are written beside it, and whoever made it removes it.
 
 Speaks in JSON lines: `{"event": "stage", ...}` as it goes, `{"event": "outcome", ...}` at the end. A process of its own, because
 the compiler keeps gigabytes, writes to standard error as it likes, and can take its process with it.
@@ -9,12 +11,12 @@ from __future__ import annotations
 import re
 import resource
 import sys
-import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model.attention_backend import attention_block_size, choose_backend
+from model.attention_backend import choose_backend
 from model.batch_arithmetic import BatchArithmetic
 from model.child import die_with_parent, emit
 from model.flops import CHIPS, executed_flops_per_token, train_flops_per_token
@@ -24,43 +26,75 @@ from model.preflight.hlo_cost import Collective, HloCost, Network
 from model.preflight.roofline import roofline
 from model.preflight.topology import prepare, slice_devices
 from model.slices import slice_named
+from model.train_config import SimpleTrainConfig
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-# With how much was asked for: in full where buffers were assigned, of temporaries alone where it was hopeless before.
-_OUT_OF_HBM = (r"memory space hbm.*?Used ([\d.]+)([KMGT]?) of", r"on HBM.*?\(([\d.]+)([KMGT]?)\) exceeds")
+_OUT_OF_HBM = r"memory space hbm.*?Used ([\d.]+)([KMGT]?) of"  # where buffers were assigned: all that was asked for
+_HOPELESS = r"on HBM.*?\(([\d.]+)([KMGT]?)\) exceeds"  # before they were: temporaries alone
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def compile_step(order: CompileOrder) -> CompileOutcome:
+def compile_step(order: CompileOrder, dump: Path) -> CompileOutcome:
     """Traces, lowers and compiles the step, and reads its costs.
 
+    dump: a directory for what the compiler reports.
+
     Raises:
-        ValueError: the configuration is one that no compiler is needed to refuse.
+        ValueError: libtpu is missing, or does not know the slice.
     """
     prepare()
     emit("stage", name="load")
+    program = _program(order, dump)
+    if isinstance(program, CompileFailure):
+        return CompileOutcome(failure=program)
+    alone = program
+    if order.num_slices > 1 and any(slice_named(order.slice_name).wrap):
+        alone = _program(_one_slice(order), dump / "alone")
+        if isinstance(alone, CompileFailure):
+            return CompileOutcome(failure=alone)
+    emit("stage", name="analyse")
+    return CompileOutcome(facts=_facts(order, program, alone, assigned_bytes(dump)))
+
+
+@dataclass(frozen=True, eq=False)
+class _Program:
+    """A compiled step."""
+
+    mesh: Mesh
+    compiled: Any
+    lower_cpu_seconds: float
+    compile_cpu_seconds: float
+
+
+def _program(order: CompileOrder, dump: Path) -> _Program | CompileFailure:
     from model.mesh import make_mesh
 
-    devices = slice_devices(slice_named(order.slice_name), order.num_slices)
-    train = order.train
-    mesh = make_mesh(data=train.data_parallel_size, context=train.context_parallel_size, tensor=train.tensor_parallel_size, devices=devices)
+    devices, train = slice_devices(slice_named(order.slice_name), order.num_slices), order.train
     emit("stage", name="trace")
     started = time.process_time()
-    lowered = _lower(order, mesh)
+    sizes = {"data": train.data_parallel_size, "context": train.context_parallel_size, "tensor": train.tensor_parallel_size}
+    try:
+        mesh = make_mesh(**sizes, devices=devices)
+        lowered = _lower(order, mesh)
+    except ValueError as error:
+        return CompileFailure(kind="invalid", message=str(error))
     lowered_at = time.process_time()
     emit("stage", name="compile")
-    with tempfile.TemporaryDirectory(prefix="preflight-") as dump:
-        try:
-            compiled = lowered.compile(compiler_options=order.compiler_options | _dump_options(dump))
-        except Exception as error:  # jaxlib's XlaRuntimeError and plain ValueErrors about options: the text is what tells them apart
-            return CompileOutcome(failure=failure_of(str(error)))
-        compiled_at = time.process_time()
-        assigned = assigned_bytes(Path(dump))
-    emit("stage", name="analyse")
-    facts = _facts(order, mesh, compiled, assigned, compile_cpu_seconds=compiled_at - lowered_at, lower_cpu_seconds=lowered_at - started)
-    return CompileOutcome(facts=facts)
+    try:
+        compiled = lowered.compile(compiler_options=order.compiler_options | _dump_options(dump))
+    except Exception as error:  # jaxlib's XlaRuntimeError and plain ValueErrors about options: the text is what tells them apart
+        return failure_of(str(error))
+    return _Program(mesh, compiled, lowered_at - started, time.process_time() - lowered_at)
+
+
+def _one_slice(order: CompileOrder) -> CompileOrder:
+    """The same step on one slice with its share of the batch: what a chip does there is the same but for the other slices."""
+    train, count = order.train, order.num_slices
+    shares = {"train_batch_size": train.train_batch_size // count, "data_parallel_size": train.data_parallel_size // count}
+    alone = SimpleTrainConfig(**{**dict(train), **shares, "slice_count": 1})
+    return order.model_copy(update={"train": alone, "num_slices": 1})
 
 
 def _lower(order: CompileOrder, mesh: Mesh) -> Any:
@@ -71,25 +105,35 @@ def _lower(order: CompileOrder, mesh: Mesh) -> Any:
     return make_train_step(order.model, order.train, mesh, count).lower(abstract_state(order.model, order.train, mesh), batch)
 
 
-def _facts(order: CompileOrder, mesh: Mesh, compiled: Any, assigned: int | None, **cpu_seconds: float) -> CompileFacts:
-    tpu_slice, model, seq_len = slice_named(order.slice_name), order.model, _seq_len(order)
-    cost = analyse(compiled.as_text(), chips_per_slice=tpu_slice.num_chips if order.num_slices > 1 else None)
+def _facts(order: CompileOrder, program: _Program, alone: _Program, assigned: int | None) -> CompileFacts:
+    """What was compiled. alone: of several slices that are tori, one by itself.
+
+    Ahead of time libtpu heeds `wrap` for one slice only: for several it makes padded all-reduces of all-gathers, as if there were no
+    rings. So memory and what crosses between slices is read from the program for all, the rest from that for one.
+    """
+    tpu_slice, model, seq_len, mesh = slice_named(order.slice_name), order.model, _seq_len(order), program.mesh
     attention = choose_backend(model, seq_len, "tpu")
-    block = attention_block_size(model, attention, seq_len // order.train.context_parallel_size)
+    chips_per_slice = tpu_slice.num_chips if order.num_slices > 1 else None
+    whole = cost = analyse(program.compiled.as_text(), chips_per_slice=chips_per_slice, causal_loops=attention == "flash")
+    if alone is not program:
+        cost = analyse(alone.compiled.as_text(), causal_loops=attention == "flash").with_dcn_of(whole)
     tokens_per_chip = order.train.train_batch_size * seq_len / mesh.devices.size
     per_token = {
         "model_flops_per_chip": train_flops_per_token(model, seq_len),
-        "executed_flops_per_chip": executed_flops_per_token(model, seq_len, remat=model.remat, attention=attention, block_size=block),
+        "executed_flops_per_chip": executed_flops_per_token(
+            model, seq_len, remat=model.remat, attention=attention, context=order.train.context_parallel_size
+        ),
     }
     bounds = roofline(
         CHIPS[tpu_slice.generation],
         tpu_slice,
         cost,
         tokens_per_chip=tokens_per_chip,
-        coordinates=[device.coords for device in mesh.devices.flat],
+        coordinates=[device.coords for device in alone.mesh.devices.flat],
         **{name: value * tokens_per_chip for name, value in per_token.items()},
     )
-    memory = compiled.memory_analysis()
+    memory = program.compiled.memory_analysis()
+    programs = {program, alone}
     return CompileFacts(
         memory=Memory(
             arguments=memory.argument_size_in_bytes,
@@ -102,11 +146,20 @@ def _facts(order: CompileOrder, mesh: Mesh, compiled: Any, assigned: int | None,
         attention=attention,
         collectives=_totals(cost),
         phases=cost.phases,
-        logits_arrays=len(cost.shapes_with(seq_len, model.padded_vocab_size)),
+        logits_arrays=_logits_arrays(order, mesh, whole),
+        compile_cpu_seconds=sum(one.compile_cpu_seconds for one in programs),
+        lower_cpu_seconds=sum(one.lower_cpu_seconds for one in programs),
         process_cpu_seconds=time.process_time(),
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        **cpu_seconds,
     )
+
+
+def _logits_arrays(order: CompileOrder, mesh: Mesh, cost: HloCost) -> int:
+    """Arrays that hold the logits of a whole microbatch; the loss is there to make none."""
+    batch, width = BatchArithmetic.of(order.train, mesh.devices.size), order.model.hidden_dim
+    tokens, vocabulary = _seq_len(order) // batch.context, order.model.padded_vocab_size // batch.tensor
+    ways = (1, mesh.shape["fsdp"], batch.fsdp, batch.fsdp * batch.context)
+    return len(cost.whole_logits((batch.per_device, tokens, vocabulary), {width // one for one in ways}))
 
 
 def _totals(cost: HloCost) -> tuple[CollectiveTotal, ...]:
@@ -127,11 +180,12 @@ def _totals(cost: HloCost) -> tuple[CollectiveTotal, ...]:
 
 def failure_of(message: str) -> CompileFailure:
     """What the compiler's error means. Running out of vector memory is a matter of its options, of HBM one of the job."""
-    found = next(filter(None, (re.search(pattern, message, re.DOTALL) for pattern in _OUT_OF_HBM)), None)
+    in_full, hopeless = (re.search(pattern, message, re.DOTALL) for pattern in (_OUT_OF_HBM, _HOPELESS))
+    found = in_full or hopeless
     if found is None:
         return CompileFailure(kind="refused", message=_first_lines(message))
     used = int(float(found.group(1)) * _UNITS[found.group(2)])
-    return CompileFailure(kind="out_of_memory", message=_first_lines(message), hbm_bytes=used)
+    return CompileFailure(kind="out_of_memory", message=_first_lines(message), hbm_bytes=used, temporaries_only=in_full is None)
 
 
 def _first_lines(message: str, count: int = 3) -> str:
@@ -139,8 +193,8 @@ def _first_lines(message: str, count: int = 3) -> str:
     return " ".join(lines[:count])[:500]
 
 
-def _dump_options(directory: str) -> dict[str, Any]:
-    return {"xla_dump_to": directory, "xla_dump_hlo_as_text": True}
+def _dump_options(directory: Path) -> dict[str, Any]:
+    return {"xla_dump_to": str(directory), "xla_dump_hlo_as_text": True}
 
 
 def assigned_bytes(dump: Path) -> int | None:
@@ -159,9 +213,10 @@ def _seq_len(order: CompileOrder) -> int:
 def main(arguments: list[str]) -> int:
     """Runs one order; exit status 0 also where the compiler said no."""
     die_with_parent()
-    order = CompileOrder.model_validate_json(Path(arguments[0]).read_text(encoding="utf-8"))
+    directory = Path(arguments[0])
+    order = CompileOrder.model_validate_json((directory / "order.json").read_text(encoding="utf-8"))
     try:
-        outcome = compile_step(order)
+        outcome = compile_step(order, directory / "dump")
     except ValueError as error:
         emit("error", message=str(error))
         return 1

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TextIO
 
 from model.child import child_environment, events
@@ -15,6 +13,7 @@ from model.durable import write_json
 from model.preflight import cache
 from model.preflight.facts import CompileOrder, CompileOutcome
 from model.preflight.topology import check_compiler
+from model.preflight.workspace import workspace
 
 
 class CompilerCrash(RuntimeError):
@@ -30,19 +29,19 @@ class Compiled:
 
 
 def compile_order(order: CompileOrder, on_stage: Callable[[str], None] = lambda stage: None, *, use_cache: bool = True) -> Compiled:
-    """The outcome of an order. What was compiled before is read from disk.
+    """The outcome of an order. What was compiled before is read from disk; only what would come out again is kept there.
 
     on_stage: told "load", "trace", "compile", "analyse" as the child gets there; not called for a cached outcome.
 
     Raises:
-        ValueError: the configuration cannot be compiled for any slice, or there is no compiler on this machine.
+        ValueError: there is no compiler on this machine, or it does not know the slice.
         CompilerCrash: the compiler took its process with it.
     """
     if use_cache and (outcome := cache.load(order)) is not None:
         return Compiled(outcome, from_cache=True)
     check_compiler()
     outcome = _in_child(order, on_stage)
-    if use_cache:
+    if use_cache and outcome.is_final:
         try:
             cache.store(order, outcome)
         except OSError as error:
@@ -51,12 +50,11 @@ def compile_order(order: CompileOrder, on_stage: Callable[[str], None] = lambda 
 
 
 def _in_child(order: CompileOrder, on_stage: Callable[[str], None]) -> CompileOutcome:
-    with tempfile.TemporaryDirectory(prefix="preflight-") as directory:
-        path = Path(directory) / "order.json"
-        write_json(path, order.model_dump(mode="json"))
-        with (Path(directory) / "stderr").open("w+", encoding="utf-8", errors="replace") as stderr:
+    with workspace() as directory:
+        write_json(directory / "order.json", order.model_dump(mode="json"))
+        with (directory / "stderr").open("w+", encoding="utf-8", errors="replace") as stderr:
             with subprocess.Popen(
-                [sys.executable, "-m", "model.preflight.compile_step", str(path)],
+                [sys.executable, "-m", "model.preflight.compile_step", str(directory)],
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 text=True,
@@ -66,6 +64,7 @@ def _in_child(order: CompileOrder, on_stage: Callable[[str], None]) -> CompileOu
                     outcome = _follow(process, on_stage)
                 except BaseException:
                     process.kill()
+                    process.wait()  # it writes into the directory that is removed next
                     raise
             if outcome is None:
                 raise CompilerCrash(_last_words(process.returncode, stderr))

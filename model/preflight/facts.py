@@ -56,7 +56,7 @@ class CompileFacts(Config):
     attention: AttentionBackend
     collectives: tuple[CollectiveTotal, ...]
     phases: tuple[Phase, ...]
-    logits_arrays: int = Field(description="Arrays of shape [*, sequence, vocabulary] in the optimised program.")
+    logits_arrays: int = Field(description="Arrays as large as all logits of a microbatch, of any shape, in the optimised program.")
     compile_cpu_seconds: float = Field(description="Of the compiler alone, all threads.")
     lower_cpu_seconds: float = Field(description="Of tracing and lowering.")
     process_cpu_seconds: float = Field(description="Of the whole child process, imports and analysis included.")
@@ -64,11 +64,14 @@ class CompileFacts(Config):
 
 
 class CompileFailure(Config):
-    """A step that the compiler did not make."""
+    """A step that was not made."""
 
-    kind: Literal["out_of_memory", "refused"] = Field(description="HBM too small, or anything else the compiler objects to.")
+    kind: Literal["out_of_memory", "refused", "invalid"] = Field(
+        description="HBM too small; anything else the compiler objects to; or the step's own code does not take this configuration."
+    )
     message: str
     hbm_bytes: int | None = Field(default=None, description="What it would have needed, where the compiler says so.")
+    temporaries_only: bool = Field(default=False, description="Whether hbm_bytes leaves out arguments and code: the least it needs.")
 
 
 class CompileOutcome(Config):
@@ -76,3 +79,10 @@ class CompileOutcome(Config):
 
     facts: CompileFacts | None = None
     failure: CompileFailure | None = None
+
+    @property
+    def is_final(self) -> bool:
+        """Whether another compilation would say the same: no full disk, no lack of memory on this machine can be behind it."""
+        if self.facts is not None:
+            return self.facts.memory.assigned is not None
+        return self.failure is not None and self.failure.kind == "out_of_memory"

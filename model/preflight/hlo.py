@@ -1,7 +1,7 @@
 """What a compiled step costs, read from its optimised HLO: collectives, matrix products, HBM traffic, custom calls, arrays.
 
     cost = analyse(compiled.as_text())
-    cost.ici_bytes, cost.all_gather_async_share, cost.shapes_with(2048, 128256)
+    cost.ici_bytes, cost.all_gather_async_share, cost.largest_arrays()
 
 Why not `compiled.cost_analysis()`: it counts the body of a loop once, knows no kernel's FLOPs and no collective. All figures
 are per chip and step. Collectives inside one slice travel over ICI; between slices XLA makes them host transfers over DCN.
@@ -15,7 +15,7 @@ from collections import Counter
 from model.preflight.hlo_cost import Collective, HloCost, NamedArray, Network, Phase
 from model.preflight.hlo_groups import replica_group
 from model.preflight.hlo_loops import Loop, trip_count
-from model.preflight.hlo_matmuls import matmul_flops
+from model.preflight.hlo_matmuls import is_int8, matmul_flops
 from model.preflight.hlo_memory import chain_link, custom_call_target, hbm_bytes, is_collective
 from model.preflight.hlo_text import Array, Computation, HloError, Instruction, Module, parse_module
 
@@ -31,17 +31,18 @@ _MEGASCALE = {
 }
 
 
-def analyse(text: str, *, chips_per_slice: int | None = None) -> HloCost:
+def analyse(text: str, *, chips_per_slice: int | None = None, causal_loops: bool = False) -> HloCost:
     """Reads `compiled.as_text()` of a program for TPU.
 
     chips_per_slice: where one program spans slices, partitions are numbered slice by slice; a group that holds chips of
         two slices then communicates over DCN. libtpu compiles one program per slice, whose transfers say it themselves.
+    causal_loops: whether blocks of attention are left out by loops that end at the diagonal; see `model.preflight.hlo_loops`.
 
     Raises:
         HloError: text that is not understood; the message names the line.
     """
     module = parse_module(text)
-    walk = _Walk(module, chips_per_slice)
+    walk = _Walk(module, chips_per_slice, causal_loops)
     walk.phase(module.entry, 1, None)
     walk.check_chains()
     arrays = tuple(
@@ -59,19 +60,21 @@ def analyse(text: str, *, chips_per_slice: int | None = None) -> HloCost:
         arrays=arrays,
         num_partitions=module.num_partitions,
         phases=tuple(walk.phases),
+        int8_flops=walk.int8_flops,
     )
 
 
 class _Walk:
     """Visits every instruction as often as it runs and adds up."""
 
-    def __init__(self, module: Module, chips_per_slice: int | None) -> None:
+    def __init__(self, module: Module, chips_per_slice: int | None, causal_loops: bool) -> None:
         self._module = module
+        self._causal_loops = causal_loops
         self._chips_per_slice = chips_per_slice
         self._started: set[str] = set()
         self._continued: dict[str, Instruction] = {}
         self.collectives: list[Collective] = []
-        self.dot_flops = 0.0
+        self.dot_flops = self.int8_flops = 0.0
         self.hbm_bytes = 0.0
         self.custom_calls: Counter[str] = Counter()
         self.phases: list[Phase] = []
@@ -80,12 +83,12 @@ class _Walk:
         """Adds the entry or a loop's body, and keeps what it costs apart from the loops inside it."""
         before, first = self._so_far(), len(self.phases)
         self.computation(computation, times, loop)
-        inside = [(one.dot_flops, one.hbm_bytes, one.kernels) for one in self.phases[first:]]
-        flops, hbm, kernels = (now - then - sum(inner) for now, then, *inner in zip(self._so_far(), before, *inside, strict=True))
-        self.phases.append(Phase(computation.name, times, flops, hbm, round(kernels)))
+        inside = [(one.dot_flops, one.hbm_bytes, one.kernels, one.int8_flops) for one in self.phases[first:]]
+        flops, hbm, kernels, int8 = (now - then - sum(inner) for now, then, *inner in zip(self._so_far(), before, *inside, strict=True))
+        self.phases.append(Phase(computation.name, times, flops, hbm, round(kernels), int8))
 
-    def _so_far(self) -> tuple[float, float, float]:
-        return self.dot_flops, self.hbm_bytes, float(self.custom_calls[_KERNEL])
+    def _so_far(self) -> tuple[float, float, float, float]:
+        return self.dot_flops, self.hbm_bytes, float(self.custom_calls[_KERNEL]), self.int8_flops
 
     def computation(self, computation: Computation, times: int, loop: Loop | None) -> None:
         """Adds a computation that runs instruction by instruction: the entry, a loop's body, a branch."""
@@ -93,7 +96,8 @@ class _Walk:
             self.hbm_bytes += times * hbm_bytes(self._module, computation, instruction)
             if instruction.opcode == "while":
                 inner = Loop(instruction, computation, loop)
-                self.phase(self._module.called(instruction, "body"), times * trip_count(self._module, inner), inner)
+                trips = trip_count(self._module, inner, causal=self._causal_loops)
+                self.phase(self._module.called(instruction, "body"), int(times * trips), inner)
             elif instruction.opcode == "conditional":
                 for branch in self._branches(instruction):  # which one runs is not known: both count
                     self.computation(branch, times, loop)
@@ -144,7 +148,9 @@ class _Walk:
     ) -> None:
         opcode = instruction.opcode
         if opcode in ("dot", "convolution"):
-            self.dot_flops += times * matmul_flops(computation, instruction)
+            flops = times * matmul_flops(computation, instruction)
+            self.dot_flops += flops
+            self.int8_flops += flops if is_int8(computation, instruction) else 0.0
         elif opcode == "custom-call":
             self.custom_calls[custom_call_target(instruction)] += times
         elif opcode == "send":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from model.preflight.hlo_text import Array
@@ -52,6 +53,7 @@ class Phase:
     dot_flops: float
     hbm_bytes: float
     kernels: int  # Pallas kernels, whose FLOPs HLO does not tell
+    int8_flops: float = 0.0  # of dot_flops, those of integers
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class HloCost:
     arrays: tuple[NamedArray, ...]
     num_partitions: int
     phases: tuple[Phase, ...] = ()
+    int8_flops: float = 0.0  # of dot_flops, those whose operands are both integers of 8 bits or fewer
 
     def wire_bytes(self, kind: str | None = None, *, is_async: bool | None = None, network: Network = "ici") -> float:
         """Bytes one chip sends in a step, over all collectives or those asked for."""
@@ -95,12 +98,27 @@ class HloCost:
         """Share of all ICI bytes that can hide behind computation; 1 where nothing is sent."""
         return self.wire_bytes(is_async=True) / self.ici_bytes if self.ici_bytes else 1.0
 
+    def with_dcn_of(self, other: HloCost) -> HloCost:
+        """These costs, of one slice by itself, with what crosses between slices in another program."""
+        return replace(self, collectives=self.collectives + tuple(one for one in other.collectives if one.network == "dcn"))
+
     def largest_arrays(self, count: int = 10) -> tuple[NamedArray, ...]:
         """The largest arrays, one of each type and shape, largest first."""
         distinct = {str(named.array): named for named in reversed(self.arrays)}
         return tuple(sorted(distinct.values(), key=lambda named: -named.array.bytes)[:count])
 
-    def shapes_with(self, *last_dims: int) -> tuple[NamedArray, ...]:
-        """Arrays whose last dimensions are `last_dims`, with at least one before them: [*, seq, vocab] are logits."""
-        rank = len(last_dims)
-        return tuple(named for named in self.arrays if len(named.array.dims) > rank and named.array.dims[-rank:] == last_dims)
+    def whole_logits(self, shape: tuple[int, int, int], weight_rows: Collection[int]) -> tuple[NamedArray, ...]:
+        """Arrays that hold as much as all logits that a chip computes at once, in any shape or order of dimensions.
+
+        shape: [rows, sequence, vocabulary] of these logits, each a chip's own part.
+        weight_rows: rows of arrays that are no logits: the head, its gradient, parts of both. Where logits have just as many they are
+            recognised as [*, sequence, vocabulary] only.
+        """
+        return tuple(named for named in self.arrays if _holds_logits(named.array.dims, shape, weight_rows))
+
+
+def _holds_logits(dims: tuple[int, ...], shape: tuple[int, int, int], weight_rows: Collection[int]) -> bool:
+    rows, sequence, vocabulary = shape
+    if vocabulary not in dims or math.prod(dims) < rows * sequence * vocabulary:
+        return False
+    return math.prod(dims) // vocabulary not in weight_rows or (len(dims) > 2 and dims[-2:] == (sequence, vocabulary))

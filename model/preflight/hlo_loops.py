@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 
-from model.preflight.hlo_text import TRANSPARENT, Computation, Instruction, Module
+from model.preflight.hlo_text import TRANSPARENT, Array, Computation, Instruction, Module
 
 _MIRRORED = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE", "NE": "NE"}
 
@@ -31,8 +32,11 @@ class _Value:
 _Bindings = Mapping[int, _Value | None]
 
 
-def trip_count(module: Module, loop: Loop) -> int:
+def trip_count(module: Module, loop: Loop, *, causal: bool = False) -> Fraction:
     """Times the body of a while loop runs; a counter goes from a constant to a constant in constant steps.
+
+    causal: the program has loops over the blocks of keys up to a block of queries, inside a loop over these. The limit of such a loop is
+        an integer of an array that has one for each round of the outer loop and is made elsewhere: taken to be 1, 2, ...; the mean counts.
 
     Raises:
         HloError: the loop is not of that kind.
@@ -40,7 +44,7 @@ def trip_count(module: Module, loop: Loop) -> int:
     instruction = loop.instruction
     known = instruction.attribute(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)')
     if known:
-        return int(known)
+        return Fraction(known)
     condition, body = module.called(instruction, "condition"), module.called(instruction, "body")
     left, direction, right = _comparison(module, condition)
     if left is not None and left.index is None and right is not None and right.index is not None:
@@ -50,6 +54,9 @@ def trip_count(module: Module, loop: Loop) -> int:
     limit = _loop_constant(module, loop, right)
     start = _start(module, loop, left.index)
     after = _evaluate(module, body, _element(body, body.root, left.index))
+    if limit is None and causal and start == 0 and after == _Value(1, left.index):
+        rows = _rows(module, loop, right)
+        return Fraction(rows + 1, 2)
     if after is None or after.index != left.index or start is None or limit is None:
         raise instruction.error("a loop whose counter does not go from a constant to a constant in constant steps")
     distance, step = limit - start - left.offset, after.offset
@@ -57,7 +64,32 @@ def trip_count(module: Module, loop: Loop) -> int:
         distance, step = -distance, -step
     if step <= 0 or direction not in _MIRRORED:
         raise instruction.error("a loop whose counter does not move towards its end")
-    return max(distance // step + 1 if direction in ("LE", "GE") else -(-distance // step), 0)
+    return Fraction(max(distance // step + 1 if direction in ("LE", "GE") else -(-distance // step), 0))
+
+
+def _rows(module: Module, loop: Loop, limit: _Value) -> int:
+    """Rounds of the outer loop, where each of them takes this loop's limit from an array with as many integers.
+
+    Raises:
+        HloError: it does not.
+    """
+    name = _element(loop.within, loop.within.operand(loop.instruction, 0), limit.index or 0)
+    if name is not None and loop.outer is not None:
+        rounds = trip_count(module, loop.outer)
+        if any(array.dtype == "s32" and array.dims == (rounds,) for array in _made_from(loop.within, name)):
+            return int(rounds)
+    raise loop.instruction.error(
+        "a loop whose counter goes neither to a constant nor to one of as many integers as the loop around it has rounds"
+    )
+
+
+def _made_from(computation: Computation, name: str) -> Iterator[Array]:
+    """Arrays that an integer is worked out from, in the same computation."""
+    instruction = computation.instructions[name]
+    yield from instruction.arrays if len(instruction.elements) == 1 else ()
+    if instruction.opcode in (*TRANSPARENT, "add", "dynamic-slice", "fusion"):
+        for operand in instruction.operands:
+            yield from _made_from(computation, operand)
 
 
 def _comparison(module: Module, condition: Computation) -> tuple[_Value | None, str, _Value | None]:

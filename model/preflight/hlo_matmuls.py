@@ -20,6 +20,11 @@ def matmul_flops(computation: Computation, instruction: Instruction) -> float:
     return _dot(computation, instruction) if instruction.opcode == "dot" else _convolution(computation, instruction)
 
 
+def is_int8(computation: Computation, instruction: Instruction) -> bool:
+    """Whether both operands are integers of 8 bits or fewer, which chips other than v4 multiply twice as fast as bfloat16."""
+    return all(computation.operand(instruction, side).arrays[0].dtype in ("s8", "u8", "s4", "u4") for side in (0, 1))
+
+
 def _dot(computation: Computation, instruction: Instruction) -> float:
     contracted = instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}")
     if contracted is None:

@@ -50,10 +50,13 @@ class Progress:
         started = time.monotonic()
         label = f"compile {self._count}: {order.num_slices} x {order.slice_name}, {what}"
 
+        told: list[str] = []
+
         def on_stage(stage: str) -> None:
             if self._status is not None:
                 self._status.update(f"{label}: {_STAGES.get(stage, stage)}")
-            elif stage == "compile":
+            elif stage == "compile" and not told:  # of several slices a second program is compiled
+                told.append(stage)
                 self._console.print(f"{label} ...", markup=False, highlight=False, soft_wrap=True)
 
         compiled = compile_order(order, on_stage, use_cache=use_cache)

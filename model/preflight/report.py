@@ -38,7 +38,11 @@ def headline(found: Preflight) -> str:
     """One line: the job, where, and whether it fits."""
     slices = f"{found.num_slices} x " if found.num_slices > 1 else ""
     where = f"{slices}{found.accelerator} ({found.num_chips} chips, {found.num_hosts} hosts)"
-    memory = "HBM unknown" if found.hbm_gib_per_chip is None else f"{found.hbm_gib_per_chip:.2f} of {found.hbm_usable_gib:.2f} GiB a chip"
+    memory = (
+        "HBM unknown"
+        if found.hbm_gib_per_chip is None
+        else f"{_at_least(found)}{found.hbm_gib_per_chip:.2f} of {found.hbm_usable_gib:.2f} GiB a chip"
+    )
     return f"{found.job} on {where}: {'fits' if found.fits else 'does NOT fit'}, {memory}"
 
 
@@ -60,7 +64,7 @@ def choice_rows(found: Preflight) -> list[tuple[str, str]]:
         ("remat", found.remat),
         ("microbatches", str(found.microbatches)),
         ("mesh", _mesh(found)),
-        ("compiler options", f"{found.flags}" + (f" ({len(found.compiler_options)} options)" if found.compiler_options else "")),
+        ("compiler options", " ".join([found.flags, *(f"{name}={value}" for name, value in found.compiler_options.items())])),
         *([("attention", found.attention)] if found.attention else []),
     ]
 
@@ -100,6 +104,10 @@ def standing_notes(found: Preflight) -> list[str]:
             f"prices are list prices as of {found.price['as_of']} ({found.price['source']})",
         ]
     return notes
+
+
+def _at_least(found: Preflight) -> str:
+    return "at least " if found.hbm_is_least else ""
 
 
 def _cost(found: Preflight) -> str:

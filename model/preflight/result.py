@@ -12,7 +12,8 @@ from model.flops import GIB, train_flops_per_token
 from model.preflight.advice import advice
 from model.preflight.facts import CollectiveTotal, CompileFacts
 from model.preflight.prices import PRICES, PRICING_PAGE, PricingModel, cost
-from model.preflight.search import Search, Trial
+from model.preflight.remedies import Remedies
+from model.preflight.search import Search, Trial, tightest
 from model.preflight.settings import Job
 from model.slices import Slice
 
@@ -51,12 +52,13 @@ class Preflight(Config):
     hbm_gib_per_chip: float | None = Field(description="Arguments, temporaries and code as the compiler declares them.")
     hbm_assigned_gib_per_chip: float | None = Field(description="What its buffer assignment lays out: less, by reuse.")
     hbm_usable_gib: float
+    hbm_is_least: bool = Field(description="Whether hbm_gib_per_chip is what temporaries alone would take: at least so much is needed.")
 
     remat: RematPolicy
     microbatches: int
     mesh: dict[str, int]
     flags: str
-    compiler_options: dict[str, str]
+    compiler_options: dict[str, str] = Field(description="Of the set that `flags` names, and over them train.compiler_options.")
     gradient_sum_dtype: str
     attention: str | None
 
@@ -69,7 +71,9 @@ class Preflight(Config):
     ici_async_share: float | None = None
     all_gather_async_share: float | None = None
     collectives: tuple[CollectiveTotal, ...] = ()
-    logits_arrays: int | None = Field(default=None, description="Arrays of shape [*, sequence, vocabulary] in the program.")
+    logits_arrays: int | None = Field(
+        default=None, description="Arrays as large as all logits of a microbatch, of any shape, in the program."
+    )
 
     bound: str | None = None
     compute_seconds: float | None = None
@@ -98,10 +102,10 @@ class Preflight(Config):
     notes: tuple[str, ...]
 
 
-def result_of(search: Search, pricing: PricingModel) -> Preflight:
-    """The result of a search that is over."""
+def result_of(search: Search, pricing: PricingModel, remedies: Remedies | None = None) -> Preflight:
+    """The result of a search that is over. remedies: what was compiled to advise of, where the job does not fit."""
     job, tpu_slice = search.job, search.tpu_slice
-    chosen = search.best or min(search.trials, key=lambda trial: trial.hbm_bytes or float("inf"))
+    chosen = search.best or tightest(search)
     facts = chosen.outcome.facts
     applied = chosen.setting.applied(job, search.num_chips)
     declared = chosen.hbm_bytes
@@ -118,16 +122,17 @@ def result_of(search: Search, pricing: PricingModel) -> Preflight:
         hbm_gib_per_chip=None if declared is None else declared / GIB,
         hbm_assigned_gib_per_chip=None if facts is None or facts.memory.assigned is None else facts.memory.assigned / GIB,
         hbm_usable_gib=search.usable / GIB,
+        hbm_is_least=chosen.hbm_is_least,
         remat=chosen.setting.remat,
         microbatches=chosen.setting.microbatches,
         mesh=facts.mesh if facts is not None else _mesh(chosen, search.num_chips),
         flags=chosen.flag_set.name,
-        compiler_options=chosen.flag_set.options,
+        compiler_options=chosen.compiler_options,
         gradient_sum_dtype=applied.train.gradient_sum_dtype or applied.train.compute_dtype,
         attention=None if facts is None else facts.attention,
         price=_price(tpu_slice, pricing),
         trials=tuple(map(_summary, search.trials)),
-        advice=tuple(advice(search, chosen)),
+        advice=tuple(advice(search, chosen, remedies)),
         notes=(*search.notes, *_caveats(tpu_slice, job.train.slice_count)),
         **({} if facts is None else _figures(job, tpu_slice, facts, pricing)),
     )
@@ -168,8 +173,8 @@ def _caveats(tpu_slice: Slice, num_slices: int) -> tuple[str, ...]:
     if num_slices == 1 or not any(tpu_slice.wrap):
         return ()
     return (
-        f"ahead of time libtpu compiles for several slices as if {tpu_slice.name} had no wrap-around links (it heeds `wrap` for one slice "
-        "only), and makes padded all-reduces of all-gathers: ICI traffic is overstated here, compare one slice with its share of the batch",
+        f"ahead of time libtpu compiles for several slices as if {tpu_slice.name} had no wrap-around links: FLOPs, HBM and ICI traffic are "
+        "those of one slice with its share of the batch, compiled too; HBM needed and DCN traffic those of all slices",
     )
 
 

@@ -2,13 +2,14 @@
 
 A bound, no forecast: each unit runs at its peak (Williams et al. 2009). Within a loop's body computation overlaps HBM traffic, one
 loop does not overlap the next: time on the chip is the sum over loops of the slower of the two. Kernels, whose FLOPs no HLO tells,
-share what the model's formula counts beyond the matrix products of the HLO, equally by execution. Two bounds bracket the rest:
+share what the model's formula counts beyond the matrix products of the HLO, equally by execution; where the HLO has more products than
+the formula, the HLO is what is executed. Two bounds bracket the rest:
     hidden    all communication overlaps what the chip does by itself
     exposed   collectives that the compiler made synchronous stop everything else; asynchronous ones and DCN overlap
 
 ICI time is counted by links: a ring sends both ways, so a group that spans 1, 2 or 3 closed torus dimensions drives 2, 4 or
 6 links; a dimension without wrap-around links, or one that the group fills in part, gives one of its two.
-MFU is in the convention of the model FLOPs passed in (`model.flops`).
+MFU is in the convention of the model FLOPs passed in (`model.flops`), and of the bf16 peak, also where products are int8 and faster.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def roofline(
     """Bounds of one step.
 
     Args:
-        model_flops_per_chip, executed_flops_per_chip, tokens_per_chip: of one step, for one chip.
+        model_flops_per_chip, executed_flops_per_chip, tokens_per_chip: of one step, for one chip; executed by the model's formula.
         coordinates: torus coordinates of each partition (`device.coords`, in mesh order). Without them a group's place on
             the torus is what the compiler says of it, or else the fewest dimensions that hold it.
 
@@ -78,8 +79,10 @@ def roofline(
         ValueError: the chip is not the slice's, FLOPs or tokens are not positive, or coordinates are missing for a partition.
     """
     _check(chip, tpu_slice, cost, model_flops_per_chip, executed_flops_per_chip, tokens_per_chip, coordinates)
+    executed_flops_per_chip = max(executed_flops_per_chip, cost.dot_flops)
     ici = _ici_times(chip, tpu_slice, cost, coordinates)
-    compute, hbm = executed_flops_per_chip / chip.bf16_flops, cost.hbm_bytes / chip.hbm_bytes_per_second
+    compute = _compute_seconds(chip, executed_flops_per_chip, cost.int8_flops)
+    hbm = cost.hbm_bytes / chip.hbm_bytes_per_second
     dcn = cost.dcn_bytes / chip.dcn_bytes_per_second
     seconds: dict[Bound, float] = {"compute": compute, "hbm": hbm, "ici": ici.exposed + ici.hidden, "dcn": dcn}
     on_chip = _on_chip_seconds(chip, cost, executed_flops_per_chip)
@@ -112,17 +115,22 @@ def roofline(
 def _on_chip_seconds(chip: Chip, cost: HloCost, executed_flops: float) -> float:
     """Seconds of computation and HBM traffic, one loop after the other."""
     if not cost.phases or not cost.dot_flops:
-        return max(executed_flops / chip.bf16_flops, cost.hbm_bytes / chip.hbm_bytes_per_second)
+        return max(_compute_seconds(chip, executed_flops, cost.int8_flops), cost.hbm_bytes / chip.hbm_bytes_per_second)
     kernels = sum(phase.kernels for phase in cost.phases)
-    per_kernel = max(executed_flops - cost.dot_flops, 0.0) / kernels if kernels else 0.0
-    scale = (executed_flops - per_kernel * kernels) / cost.dot_flops
+    per_kernel = (executed_flops - cost.dot_flops) / kernels if kernels else 0.0
+    scale = 1.0 if kernels else executed_flops / cost.dot_flops
     return sum(
         max(
-            (phase.dot_flops * scale + phase.kernels * per_kernel) / chip.bf16_flops,
+            _compute_seconds(chip, phase.dot_flops * scale + phase.kernels * per_kernel, phase.int8_flops * scale),
             phase.hbm_bytes / chip.hbm_bytes_per_second,
         )
         for phase in cost.phases
     )
+
+
+def _compute_seconds(chip: Chip, flops: float, int8_flops: float) -> float:
+    """Of products at the chip's peaks, `int8_flops` of all `flops` at that of integers."""
+    return (flops - int8_flops) / chip.bf16_flops + int8_flops / chip.int8_flops
 
 
 class _IciTimes(NamedTuple):

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from model.attention_backend import SPLASH_MIN_BLOCK, choose_backend
 from model.batch_arithmetic import BatchArithmetic, check_tensor_split
 from model.config import REMAT_POLICIES, LlamaConfig, RematPolicy
 from model.config_base import Config
 from model.slices import Slice
 from model.train_config import SimpleTrainConfig
-
-SMALLEST_SEQUENCE_SHARD = 256  # tokens of one sequence on one chip: two blocks of the attention kernel
 
 
 class Job(Config):
@@ -60,8 +59,9 @@ class Setting:
         """The job with this setting written into its configuration.
 
         Raises:
-            ValueError: the batch does not divide over the chips this way.
+            ValueError: batch, heads or vocabulary do not divide over the chips this way.
         """
+        check_tensor_split(job.model, self.tensor)
         whole = _split(job, self.data, self.context, self.tensor)
         rows = BatchArithmetic.of(whole.train, num_chips).per_device
         if rows % self.microbatches:
@@ -90,8 +90,10 @@ class Fixed:
         """What is given here, else what the job's configuration names: a policy by its name, sequences per device by a number.
 
         Raises:
-            ValueError: the batch does not divide over the chips.
+            ValueError: the batch does not divide over the chips, or there are no microbatches.
         """
+        if microbatches is not None and microbatches < 1:
+            raise ValueError(f"--microbatches={microbatches}: the batch is computed in 1 part or more; leave it away to have it searched")
         named = job.model.gradient_checkpointing
         if remat is None and named is not True:
             remat = job.model.remat
@@ -142,11 +144,15 @@ def _splits(job: Job, chips: int) -> Iterator[tuple[int, int]]:
         return
     size = 2
     while size <= chips:
-        if job.seq_len % (2 * size) == 0 and job.seq_len // size >= SMALLEST_SEQUENCE_SHARD:
-            yield size, 1
-        else:
-            yield 1, size
+        yield (size, 1) if _sequence_splits(job, size) else (1, size)
         size *= 2
+
+
+def _sequence_splits(job: Job, context: int) -> bool:
+    """Whether each of `context` chips can have two pieces of a sequence that the attention kernel takes, and that are worth its while."""
+    whole, rest = divmod(job.seq_len, 2 * context)
+    aligned = whole % SPLASH_MIN_BLOCK == 0 or choose_backend(job.model, job.seq_len, "tpu") != "splash"
+    return rest == 0 and whole >= SPLASH_MIN_BLOCK and aligned
 
 
 def _split(job: Job, data: int, context: int, tensor: int) -> Job:

@@ -13,6 +13,8 @@ from typing import Any
 from model.slices import Slice
 
 # libtpu looks for chips of this machine and for a Cloud VM's metadata server, and keeps other processes out with a lock file.
+# None of these may be the caller's: they change what is compiled, or by which libtpu. What is compiled is said by the order alone.
+_SETTINGS = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "MEGASCALE_", "PJRT_")
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -27,7 +29,7 @@ ENVIRONMENT = {
 
 
 def prepare() -> None:
-    """Sets the environment that libtpu and JAX read when they are loaded.
+    """Makes the environment that libtpu and JAX read when they are loaded the same whatever the caller's was.
 
     Raises:
         RuntimeError: JAX was imported already.
@@ -36,8 +38,9 @@ def prepare() -> None:
     if "jax" in sys.modules:
         raise RuntimeError("model.preflight.topology.prepare must come before the first import of jax")
     check_compiler()
+    for name in [name for name in os.environ if name.startswith(_SETTINGS)]:
+        del os.environ[name]
     os.environ.update(ENVIRONMENT)
-    os.environ.pop("XLA_FLAGS", None)  # flags of another platform's compiler
 
 
 def check_compiler() -> None:
