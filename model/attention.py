@@ -22,6 +22,7 @@ from model.attention_backend import choose_backend
 from model.config import LlamaConfig
 from model.context_parallel import context_size, restore_order, spread_order
 from model.flash_attention import MASKED, flash_attention
+from model.mesh import platform_of
 from model.splash_attention import splash_attention
 
 
@@ -53,11 +54,6 @@ def attention(
     q, k, v = (restore_order(x, count, axis=2) for x in (q_BHSK, k_BGSK, v_BGSK))
     segments = None if segment_ids_BS is None else restore_order(segment_ids_BS, count, axis=1)
     return spread_order(form(q, k, v, segments), count, axis=2)
-
-
-def platform_of(mesh: Mesh | None) -> str:
-    """`tpu`, `cpu` or `gpu`: what the mesh's devices are, which may be others than this machine has."""
-    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
 def plain_attention(q_BHSK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array, segment_ids_BS: jax.Array | None = None) -> jax.Array:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from model.config import QuantizedDtype
+from model.mesh import platform_of
 from model.partitioning import gathered, spec
 
 _QUANTIZED_DTYPES: dict[QuantizedDtype, DTypeLike] = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
@@ -101,24 +102,28 @@ def _backward(product: _Product, saved: tuple[jax.Array, jax.Array], d_y: jax.Ar
     x, weight = saved
     x_equation, weight_equation = product.backward_equations()
     d_x = _product(x_equation, d_y, product.whole(weight), product.precision)
-    d_weight = _weight_gradient(weight_equation, x, d_y, product.precision.gradient)
+    d_weight = _weight_gradient(weight_equation, x, d_y, product.precision.gradient, platform_of(product.mesh))
     return d_x, scattered(d_weight.reshape(weight.shape), product.axes, product.mesh).astype(weight.dtype)
 
 
 _linear.defvjp(_forward, _backward)
 
 
-def _weight_gradient(equation: str, x: jax.Array, d_y: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """`einsum(equation, x, d_y)`, with the narrower operand as the left one of the product.
-
-    The CPU transposes the left operand of a product over tokens, which costs more than the product where it is the wide one.
+def _weight_gradient(equation: str, x: jax.Array, d_y: jax.Array, dtype: DTypeLike, platform: str) -> jax.Array:
+    """`einsum(equation, x, d_y)`. The CPU is given the narrower operand first: it transposes the first one of a product over tokens,
+    which costs as much as the product itself where that is the wide one. The result, which is small, is transposed instead.
     """
+    if platform != "cpu":
+        return jnp.einsum(equation, x, d_y, preferred_element_type=dtype)
     operands, result = equation.split("->")
     pairs = sorted(zip(operands.split(","), (x, d_y), strict=True), key=lambda pair: pair[1].size)
-    names = ",".join(name for name, _ in pairs)
-    order = "".join(axis for name, _ in pairs for axis in result if axis in name)
+    order = "".join(axis for names, _ in pairs for axis in result if axis in names)
+    names = ",".join(names for names, _ in pairs)
     d_weight = jnp.einsum(f"{names}->{order}", *(array for _, array in pairs), preferred_element_type=dtype)
-    return d_weight.transpose([order.index(axis) for axis in result])
+    if order == result:
+        return d_weight
+    # Without a barrier the compiler would swap the operands back to be spared the transposition.
+    return jax.lax.optimization_barrier(d_weight).transpose([order.index(axis) for axis in result])
 
 
 def _product(equation: str, left: jax.Array, right: jax.Array, precision: Precision) -> jax.Array:

@@ -64,6 +64,11 @@ def num_slices(devices: Sequence[Any]) -> int:
     return len({getattr(device, "slice_index", 0) or 0 for device in devices})
 
 
+def platform_of(mesh: Mesh | None) -> str:
+    """`tpu`, `cpu` or `gpu`: what the mesh's devices are, which may be others than this machine has."""
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
 def _ring_size(devices: Sequence[Any], fsdp: int, *, alone: bool) -> int:
     """Length of `fsdp_ring`: the last dimension of a three-dimensional torus that `fsdp` fills alone, else 1."""
     if not alone or getattr(devices[0], "platform", "") != "tpu":

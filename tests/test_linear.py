@@ -90,3 +90,11 @@ def test_quantized_products_are_close_and_their_weight_gradient_is_not_quantized
         error = float(jnp.linalg.norm(actual - expected) / jnp.linalg.norm(expected))
         assert 1e-4 < error < (0.02 if quantized == "int8" else 0.06)
     np.testing.assert_array_equal(d_weight, exact_d_weight)
+
+
+def test_the_gradient_of_a_wide_weight_is_made_from_the_narrow_operand() -> None:
+    x, weight = jnp.ones((8, 16, 32)), jnp.ones((128, 32))
+    gradient = jax.grad(lambda weight: linear("bsd,fd->bsf", x, weight, ("mlp_fsdp", None), (128, 32), FLOAT32, None).sum())
+    program = jax.jit(gradient).lower(weight).compile().as_text()
+    assert program is not None
+    assert "f32[32,128]" in program, "the wide operand is the left one again"
