@@ -27,15 +27,10 @@ COMPILED = {
         *("R1", "--accelerator", "v4-128", "--batch", "256", "--remat", "save_all", "--microbatches", "2"),
         *("--model.cross-entropy-block-size", "256"),  # a quarter of the tokens that a chip has at once
     ),
-    "two slices": (
-        "r7",
-        "--accelerator",
-        "v4-128",
-        "--num-slices",
-        "2",
-        "--batch",
-        "256",
-    ),  # and all 1,024 of them in one block of the loss
+    # With all 1,024 tokens of a chip in one block of the loss.
+    "two slices": ("r7", "--accelerator", "v4-128", "--num-slices", "2", "--batch", "256"),
+    "v5p-32": ("R7", "--accelerator", "v5p-32", "--batch", "8", "--train.context-parallel-size", "2"),
+    "v6e-16": ("R7", "--accelerator", "v6e-16", "--batch", "64", "--remat", "full", "--microbatches", "2"),
     "v5e-16": ("R1", "--accelerator", "v5e-16", "--batch", "16"),
 }
 
@@ -94,7 +89,26 @@ def test_one_slice_with_microbatches(compiled: dict[str, subprocess.CompletedPro
     assert one["ici_bytes_per_chip"] == pytest.approx(2 * 2.5 * weights, rel=0.35)
     assert one["dcn_bytes_per_chip"] == 0
     assert one["all_gather_async_share"] > 0.4
-    assert one["lower_cpu_seconds"] < 5 < one["compile_cpu_seconds"]
+    assert 0 < one["lower_cpu_seconds"] < one["compile_cpu_seconds"]
+
+
+@pytest.mark.parametrize(
+    ("name", "chips", "mesh", "usable"),
+    [
+        ("v5p-32", 16, {"data": 1, "fsdp": 8, "fsdp_ring": 1, "context": 2, "tensor": 1}, 95.7),
+        ("v6e-16", 16, {"data": 1, "fsdp": 16, "fsdp_ring": 1, "context": 1, "tensor": 1}, 31.2),
+    ],
+)
+def test_other_generations(
+    compiled: dict[str, subprocess.CompletedProcess[str]], name: str, chips: int, mesh: dict[str, int], usable: float
+) -> None:
+    one = found(compiled[name])
+    assert (one["job"], one["num_chips"], one["mesh"], one["attention"]) == ("dclm-7b", chips, mesh, "splash")
+    assert one["fits"]
+    assert one["hbm_usable_gib"] == pytest.approx(usable, abs=0.1)
+    assert one["bound"] in ("compute", "hbm", "ici")
+    assert one["ici_bytes_per_chip"] > 0 == one["dcn_bytes_per_chip"]
+    assert 0 < one["mfu_bound_exposed"] <= one["mfu_bound_hidden"] < 1
 
 
 def test_weight_gradients_are_scattered_over_the_plane_and_then_over_the_ring(
