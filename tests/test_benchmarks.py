@@ -134,7 +134,7 @@ def test_executed_flops_are_products_and_kernels() -> None:
         return maxtext_compile.figures_of(job, tpu_slice, memory, sent, products, kernels, logits=0, compile_cpu_s=1.0)
 
     # What the formula counts at a sequence of length 0 is all but attention.
-    without_attention = tokens * executed_flops_per_token(job.model, 0, remat="full", attention="splash")
+    without_attention = tokens * executed_flops_per_token(job.model, 0, remat="full", attention="plain")
     found = figures(without_attention, 4)
     assert found["executed, TF"] == pytest.approx(executed["full"])
     assert found["executed, TF"] - figures(without_attention, 3)["executed, TF"] == pytest.approx(executed["full"] - executed["save_attn"])
