@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypedDict
 
 from pydantic import Field, model_validator
 
-from model.config import QuantizedDtype
+from model.config import LlamaConfig, QuantizedDtype
 from model.config_base import Config, runtime
+
+
+class MeshSizes(TypedDict):
+    """Devices along the mesh axes that a run chooses."""
+
+    data: int
+    context: int
+    tensor: int
 
 
 class SimpleTrainConfig(Config):
@@ -67,6 +75,15 @@ class SimpleTrainConfig(Config):
     def warmup_steps(self) -> int:
         """Warmup in steps: `warmup` itself above 1, else that fraction of `num_train_steps`."""
         return round(self.warmup if self.warmup > 1 else self.warmup * self.num_train_steps)
+
+    @property
+    def mesh_sizes(self) -> MeshSizes:
+        """The sizes of the mesh that are chosen here, as `model.mesh.make_mesh` takes them; fsdp gets the other devices."""
+        return {"data": self.data_parallel_size, "context": self.context_parallel_size, "tensor": self.tensor_parallel_size}
+
+    def seq_len_for(self, model: LlamaConfig) -> int:
+        """Tokens in one training sequence of `model`: `train_seq_len`, or all that the model takes."""
+        return self.train_seq_len or model.seq_len
 
     @property
     def loader_seed(self) -> int:

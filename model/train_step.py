@@ -142,8 +142,7 @@ def compile_train_step(
     config: LlamaConfig, train: SimpleTrainConfig, mesh: Mesh, num_microbatches: int, *, tell: Callable[[str], None]
 ) -> jax.stages.Compiled:
     """The step of `make_train_step`, compiled with `train.compiler_options`, or, after telling why, without them where they are refused."""
-    seq_len = train.train_seq_len or config.seq_len
-    batch = abstract_batch((train.train_batch_size, seq_len), mesh)
+    batch = abstract_batch((train.train_batch_size, train.seq_len_for(config)), mesh)
     lowered = make_train_step(config, train, mesh, num_microbatches).lower(abstract_state(config, train, mesh), batch)
     if not train.compiler_options:
         return lowered.compile()

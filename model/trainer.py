@@ -49,10 +49,8 @@ class Trainer:
         self.mixture = MixtureStore.open(job.mixture)
         self.mixture.tokenizer.check()
         self.config = job.model.with_vocab(self.mixture.tokenizer.vocab_size)
-        self.mesh = partitioning.make_mesh(
-            data=job.train.data_parallel_size, context=job.train.context_parallel_size, tensor=job.train.tensor_parallel_size
-        )
-        self.seq_len = job.train.train_seq_len or job.model.seq_len
+        self.mesh = partitioning.make_mesh(**job.train.mesh_sizes)
+        self.seq_len = job.train.seq_len_for(job.model)
         self.last_step = job.train.num_train_steps
         self.stop_requested = False
 
@@ -73,7 +71,7 @@ class Trainer:
         trackers = open_trackers(
             job.track,
             job.directory,
-            tell=lambda message: emit("message", text=message),
+            tell=_tell,
             run_id=job.fingerprint[:16],
             name=job.name,
             tags=job.tags,
@@ -88,9 +86,7 @@ class Trainer:
             self.config, self.seq_len, self.seq_len * job.train.train_batch_size, first_step=self.step, last_step=self.last_step
         )
         emit("compiling")  # last: what can be refused is refused by now
-        self.train_step = compile_train_step(
-            self.config, job.train, self.mesh, self.microbatches, tell=lambda message: emit("message", text=message)
-        )
+        self.train_step = compile_train_step(self.config, job.train, self.mesh, self.microbatches, tell=_tell)
 
     def _restore_or_init(self) -> TrainState:
         if self.checkpoints.latest_step() is None:
@@ -193,6 +189,10 @@ class Trainer:
         return done
 
 
+def _tell(message: str) -> None:
+    emit("message", text=message)
+
+
 def check_devices(train: SimpleTrainConfig) -> None:
     """Refuses to train on other devices than the slice that the job was planned for.
 
@@ -202,8 +202,8 @@ def check_devices(train: SimpleTrainConfig) -> None:
     if train.accelerator_type is None:
         return
     wanted, kind = slice_named(train.accelerator_type), jax.devices()[0].device_kind
-    chip, count = chip_of(kind), wanted.num_chips * train.slice_count
-    if chip is None or chip != CHIPS[wanted.generation] or jax.device_count() != count:
+    count = wanted.num_chips * train.slice_count
+    if chip_of(kind) != CHIPS[wanted.generation] or jax.device_count() != count:
         raise ValueError(
             f"train.accelerator_type={train.accelerator_type!r} is {count} chips of TPU {wanted.generation}, and JAX sees "
             f"{jax.device_count()} device(s) of kind {kind!r} here: train there, or leave it unset to use what is here"

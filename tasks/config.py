@@ -51,7 +51,7 @@ class RunConfig(Config):
     @property
     def seq_len(self) -> int:
         """Tokens in one training sequence."""
-        return self.train.train_seq_len or self.model.seq_len
+        return self.train.seq_len_for(self.model)
 
 
 class TrainingStep(Config):

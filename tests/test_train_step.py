@@ -60,12 +60,7 @@ def initial(config: LlamaConfig) -> TrainState:
 
 def run_steps(config: LlamaConfig, train: SimpleTrainConfig, devices: int, steps: int = 1) -> tuple[Any, list[dict[str, float]]]:
     """State and metrics after the first steps on the first `devices` devices."""
-    mesh = partitioning.make_mesh(
-        data=train.data_parallel_size,
-        context=train.context_parallel_size,
-        tensor=train.tensor_parallel_size,
-        devices=jax.devices()[:devices],
-    )
+    mesh = partitioning.make_mesh(**train.mesh_sizes, devices=jax.devices()[:devices])
     state = jax.device_put(initial(config), state_shardings(config, train, mesh))
     step = compile_train_step(config, train, mesh, BatchArithmetic.of(train, devices).num_microbatches, tell=pytest.fail)
     history = []

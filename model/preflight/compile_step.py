@@ -74,9 +74,8 @@ def _program(order: CompileOrder, dump: Path) -> _Program | CompileFailure:
     devices, train = slice_devices(slice_named(order.slice_name), order.num_slices), order.train
     emit("stage", name="trace")
     started = time.process_time()
-    sizes = {"data": train.data_parallel_size, "context": train.context_parallel_size, "tensor": train.tensor_parallel_size}
     try:
-        mesh = make_mesh(**sizes, devices=devices)
+        mesh = make_mesh(**train.mesh_sizes, devices=devices)
         lowered = _lower(order, mesh)
     except ValueError as error:
         return CompileFailure(kind="invalid", message=str(error))
@@ -207,7 +206,7 @@ def assigned_bytes(dump: Path) -> int | None:
 
 
 def _seq_len(order: CompileOrder) -> int:
-    return order.train.train_seq_len or order.model.seq_len
+    return order.train.seq_len_for(order.model)
 
 
 def main(arguments: list[str]) -> int:

@@ -23,7 +23,7 @@ class Job(Config):
     @property
     def seq_len(self) -> int:
         """Tokens in one training sequence."""
-        return self.train.train_seq_len or self.model.seq_len
+        return self.train.seq_len_for(self.model)
 
     @property
     def tokens_per_step(self) -> int:
