@@ -80,9 +80,9 @@ def side(spec: dict[str, Any]) -> dict[str, Any]:
     if spec["side"] == "make":
         return make_mixtures(spec)
     if spec["side"] == "trainer":
-        import model.trainer
+        import model.training_process
 
-        return {"modules": tensorflow_modules(), "of": model.trainer.__name__}
+        return {"modules": tensorflow_modules(), "of": model.training_process.__name__}
     if spec["side"] == PEER:
         return read(spec, seqio_batches(spec))
     measured = read(spec, OurBatches(spec["mixture"], 0))

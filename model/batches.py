@@ -68,9 +68,14 @@ class BatchLoader:
             raise ValueError(f"step={step}: steps count from 0")
         self._check_steps(step + 1)
         first = step * self.global_batch_size + self._first_row
-        component_B, window_B, cut_B = self.order.rows(first, first + self._rows)
+        return self.rows(first, first + self._rows)
+
+    def rows(self, first: int, stop: int) -> Batch:
+        """Rows [first, stop) of the run, wherever its batches begin. Raises ValueError past the end of the mixture."""
+        self.check_rows(stop)
+        component_B, window_B, cut_B = self.order.rows(first, stop)
         if self.mixture.packing == "concat":
-            start_B = np.empty(self._rows, np.int64)
+            start_B = np.empty(stop - first, np.int64)
             for index, layout in enumerate(self.layouts):
                 mine = np.flatnonzero(component_B == index)
                 assert isinstance(layout, Windows)
@@ -83,6 +88,14 @@ class BatchLoader:
             if isinstance(layout := self.layouts[of], BestFitPlan)
         ]
         return packed_rows(packed, self.seq_len)
+
+    def check_rows(self, stop: int) -> None:
+        """Raises ValueError where the mixture ends before row `stop`."""
+        if self.order.num_rows is not None and stop > self.order.num_rows:
+            raise ValueError(
+                f"rows up to {stop} were asked for, but the mixture {self.mixture.name!r} ends after {self.order.num_rows}, when each "
+                f"component has had its max_epochs. Lower train.num_train_steps, raise mixture.max_epochs, or leave it out for one"
+            )
 
     def planned(self, num_steps: int) -> dict[str, dict[str, float]]:
         """What `num_steps` steps read of each component: rows, tokens, and epochs (rows over the component's own rows).

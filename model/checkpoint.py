@@ -4,6 +4,10 @@ rename that makes them visible, and a resume takes the newest one whose every by
     checkpoints/<step>/state/...      the arrays (OCDBT)
     checkpoints/<step>/progress/...   JSON: the step, the data position, what the data and model were
     checkpoints/<step>/hashes.json    size and sha256 of every file
+
+Those of multiples of `keep_every` steps stay; of the others (by the clock, on request, at a stop) the newest two. One that has
+to go is deleted only when the next is committed. On several hosts process 0 verifies and hashes; the directory is one that all
+of them see.
 """
 
 from __future__ import annotations
@@ -16,9 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as preservation
 from orbax.checkpoint.path import atomicity
 
+from model.distributed import is_leader, wait_for_all
 from model.durable import sha256_of, write_json
+from model.train_config import NEWEST_CHECKPOINTS
 
 HASHES = "hashes.json"
 # Orbax rewrites these while it commits, after the hashes were taken.
@@ -70,58 +77,67 @@ def checkpoint_damage(directory: Path) -> str | None:
 class Checkpoints:
     """The checkpoints of one run, in one directory."""
 
-    def __init__(self, directory: Path, *, max_to_keep: int) -> None:
+    def __init__(self, directory: Path, *, keep_every: int, max_to_keep: int | None = None) -> None:
+        """`max_to_keep`: of the checkpoints at multiples of `keep_every` steps only so many, the newest; None keeps all.
+
+        Raises:
+            CheckpointError: there are checkpoints and none of them can be used; on process 0, which the others follow.
+        """
         self.directory = directory
         self.skipped: list[str] = []
-        directory.mkdir(parents=True, exist_ok=True)
-        self._good = self._set_damaged_aside()
+        if is_leader():
+            directory.mkdir(parents=True, exist_ok=True)
+            self._set_damaged_aside()
+        wait_for_all("checkpoints verified")
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=max_to_keep,
+                preservation_policy=preservation.AnyPreservationPolicy(
+                    [preservation.LatestN(NEWEST_CHECKPOINTS), preservation.EveryNSteps(keep_every, max_to_keep=max_to_keep)]
+                ),
                 enable_async_checkpointing=True,
                 cleanup_tmp_directories=True,
                 temporary_path_class=HashedTemporaryPath,
             ),
         )
 
-    def _set_damaged_aside(self) -> list[int]:
-        """Verifies what is there. Damaged directories are renamed, so that neither we nor Orbax take them for the latest."""
+    def _set_damaged_aside(self) -> None:
+        """Looks for the newest that verifies. Damaged ones are renamed, so that neither we nor Orbax take them for the latest."""
         steps = sorted((int(path.name) for path in self.directory.iterdir() if path.is_dir() and path.name.isdigit()), reverse=True)
-        good: list[int] = []
         for step in steps:
             path = self.directory / str(step)
             damage = checkpoint_damage(path)
             if damage is None:
-                good.append(step)
-                continue
+                return
             aside = self.directory / f"damaged-{step}-{time.time_ns()}"
             path.rename(aside)
             self.skipped.append(f"checkpoint {step} is not used: {damage} (kept as {aside.name})")
             _logger.warning(self.skipped[-1])
-        if not good and any(self.directory.glob("damaged-*")):
+        if any(self.directory.glob("damaged-*")):
             raise CheckpointError(
                 f"no checkpoint in {self.directory} can be used and training does not start over by itself: "
                 + "; ".join(self.skipped or ["every checkpoint was set aside as damaged before"])
                 + f". Restore one of them, or delete {self.directory} to train again from step 0"
             )
-        return good
 
     def latest_step(self) -> int | None:
         """The newest step that verified at start or was committed since; None before the first."""
         return self._manager.latest_step()
 
-    def restore(self, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-        """The newest verified state, placed as `abstract_state`'s shardings say, and its progress record.
+    def progress(self) -> dict[str, Any]:
+        """The record beside the arrays of `latest_step`."""
+        return self._restored(progress=ocp.args.JsonRestore())["progress"]
+
+    def restore(self, abstract_state: Any) -> Any:
+        """The newest verified state, placed as `abstract_state`'s shardings say.
 
         Args:
-            abstract_state: pytree of `jax.ShapeDtypeStruct` with shardings; any mesh will do.
+            abstract_state: pytree of `jax.ShapeDtypeStruct` with shardings; any mesh, on any number of hosts, will do.
         """
-        step = self.latest_step()
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), progress=ocp.args.JsonRestore())
-        )
-        return restored["state"], restored["progress"]
+        return self._restored(state=ocp.args.StandardRestore(abstract_state))["state"]
+
+    def _restored(self, **items: Any) -> Any:
+        return self._manager.restore(self.latest_step(), args=ocp.args.Composite(**items))
 
     def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
         """Starts saving in the background. Waits only for a save still under way; raises what that one failed with."""

@@ -16,27 +16,47 @@ class BatchError(ValueError):
     """A batch could not be made; the message names its step."""
 
 
-class Loader(Protocol):
-    """Anything that gives this process's rows of the batch of a step."""
+class Batches(Protocol):
+    """Anything that gives the batch of a step, on the devices."""
 
-    def batch(self, step: int) -> dict[str, np.ndarray]:
-        """The rows, as arrays [B,S]."""
+    def batch(self, step: int) -> dict[str, jax.Array]:
+        """Global arrays [B,S]."""
         ...
 
 
-def place(batch: dict[str, np.ndarray], sharding: Sharding) -> dict[str, jax.Array]:
-    """This process's rows as part of global arrays [B,S]."""
-    return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
+def place(batch: dict[str, np.ndarray], sharding: Sharding, *, first_row: int = 0, num_rows: int | None = None) -> dict[str, jax.Array]:
+    """Rows [first_row, first_row + R) of a batch, arrays [R,S], as this process's part of global arrays [num_rows,S].
+
+    They must be all that its devices hold; without num_rows they are the whole batch. Each device gets its own part, wherever
+    the mesh has put it.
+    """
+
+    def part(x_RS: np.ndarray, index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None  # every device holds a part
+        start, stop, _ = index[0].indices(num_rows or len(x_RS))
+        return x_RS[(slice(start - first_row, stop - first_row), *index[1:])]
+
+    def global_array(x_RS: np.ndarray) -> jax.Array:
+        shape = (num_rows or len(x_RS), *x_RS.shape[1:])
+        return jax.make_array_from_callback(shape, sharding, lambda index: part(x_RS, index))
+
+    return {name: global_array(x) for name, x in batch.items()}
+
+
+def held_rows(sharding: Sharding, shape: tuple[int, int]) -> tuple[int, int]:
+    """First row, and the one after the last, that this process's devices hold of a batch [B,S]."""
+    spans = [index[0].indices(shape[0]) for index in sharding.addressable_devices_indices_map(shape).values() if index is not None]
+    return min(start for start, _, _ in spans), max(stop for _, stop, _ in spans)
 
 
 class BatchFeed:
     """Reads ahead in one background thread, so that the loader's time, and that to the devices, hides behind the step's."""
 
-    def __init__(self, loader: Loader, sharding: Sharding, *, first_step: int, end_step: int, ahead: int = 2) -> None:
+    def __init__(self, batches: Batches, *, first_step: int, end_step: int, ahead: int = 2) -> None:
         """Starts to make the batches of the steps [first_step, end_step), `ahead` of them before they are taken."""
         if ahead < 1:
             raise ValueError(f"ahead={ahead}: at least one batch must be made before it is taken")
-        self._loader, self._sharding, self._end = loader, sharding, end_step
+        self._batches, self._end = batches, end_step
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._queue: deque[tuple[int, Future[dict[str, jax.Array]]]] = deque()
         self._next = first_step
@@ -49,11 +69,8 @@ class BatchFeed:
 
     def _read_one_more(self) -> None:
         if self._next < self._end:
-            self._queue.append((self._next, self._pool.submit(self._make, self._next)))
+            self._queue.append((self._next, self._pool.submit(self._batches.batch, self._next)))
             self._next += 1
-
-    def _make(self, step: int) -> dict[str, jax.Array]:
-        return place(self._loader.batch(step), self._sharding)
 
     def take(self) -> dict[str, jax.Array]:
         """The next step's batch. `waited_seconds` says how long this call waited for the loader.

@@ -1,8 +1,9 @@
-"""What the training process is told: one JSON file that the task writes and `python -m model.trainer` reads."""
+"""What the training process is told: one JSON file that the task writes and `python -m model.training_process` reads."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
@@ -23,3 +24,7 @@ class TrainingJob(Config):
     train: SimpleTrainConfig
     track: tuple[TrackerName, ...] = ()
     tags: tuple[str, ...] = ()
+
+    def identity_fields(self) -> dict[str, dict[str, Any]]:
+        """The fields of the configuration that decide the result, for people who compare two runs."""
+        return {"model": self.model.identity(), "train": self.train.identity()}

@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from model.config import LlamaConfig, QuantizedDtype
 from model.config_base import Config, runtime
 
+NEWEST_CHECKPOINTS = 2  # kept whatever their steps are: if the last one is damaged, there is one before it
+
 
 class MeshSizes(TypedDict):
     """Devices along the mesh axes that a run chooses."""
@@ -57,7 +59,10 @@ class SimpleTrainConfig(Config):
     steps_per_eval: int = runtime(1000, ge=1, description="Evaluate on the held-out split every so many steps, and at the end.")
     max_eval_batches: int | None = Field(default=None, ge=1, description="Evaluate at most so many batches a component; unset means all.")
     steps_per_export: int = runtime(10_000, ge=1, description="Keep a checkpoint every so many steps, and the last one.")
-    max_checkpoints: int = runtime(3, ge=1, description="Newest checkpoints to keep.")
+    minutes_per_checkpoint: float | None = runtime(
+        10.0, gt=0, description="Save this long after the last save too; of these the newest two stay. Unset: never by the clock."
+    )
+    max_checkpoints: int | None = runtime(None, ge=1, description="Of the checkpoints to keep, the newest so many; unset keeps all.")
     steps_per_log: int = runtime(10, ge=1, description="Write metrics every so many steps.")
     steps_per_sample: int = runtime(1000, ge=1, description="Generate sample text every so many steps, and at the end.")
     sample_prompts: tuple[str, ...] = runtime(("The", "In the beginning", "Once upon a time"), description="Prompts of the samples.")
@@ -75,6 +80,12 @@ class SimpleTrainConfig(Config):
     def warmup_steps(self) -> int:
         """Warmup in steps: `warmup` itself above 1, else that fraction of `num_train_steps`."""
         return round(self.warmup if self.warmup > 1 else self.warmup * self.num_train_steps)
+
+    @property
+    def checkpoints_kept(self) -> int:
+        """The most checkpoints that lie on the disk at once, without the one being written."""
+        stay = self.num_train_steps // self.steps_per_export
+        return NEWEST_CHECKPOINTS + (stay if self.max_checkpoints is None else min(stay, self.max_checkpoints))
 
     @property
     def mesh_sizes(self) -> MeshSizes:

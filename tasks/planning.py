@@ -147,7 +147,7 @@ def _check_space(root: Path, checkpoints: int, fetch: int, tokens: int) -> list[
     needed, free = checkpoints + fetch + tokens, shutil.disk_usage(_existing_place(root)).free
     message = (
         f"--root={root} has {free:,} bytes free, this run needs about {needed:,}: {checkpoints:,} for checkpoints, {fetch:,} for "
-        f"source files, {tokens:,} for tokens; free some space, choose another --root, or lower train.max_checkpoints"
+        f"source files, {tokens:,} for tokens; free some space, choose another --root, or set train.max_checkpoints lower"
     )
     if free < checkpoints + fetch:
         raise ValueError(message)
@@ -157,7 +157,7 @@ def _check_space(root: Path, checkpoints: int, fetch: int, tokens: int) -> list[
 
 def checkpoint_bytes(config: RunConfig, model: LlamaConfig) -> int:
     """Disk that the kept checkpoints, one being written, and the export need."""
-    return num_parameters(model) * (BYTES_PER_PARAMETER * (config.train.max_checkpoints + 1) + 4)
+    return num_parameters(model) * (BYTES_PER_PARAMETER * (config.train.checkpoints_kept + 1) + 4)
 
 
 def local_device_count() -> int | None:

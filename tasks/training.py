@@ -1,4 +1,4 @@
-"""The training step: starts `python -m model.trainer` as a child, shows how it goes, and commits its last checkpoint."""
+"""The training step: starts `python -m model.training_process` as a child, shows how it goes, and commits its last checkpoint."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def train_body(step: Step, directory: Path, inputs: tuple[Artifact, ...]) -> Ste
 
     try:
         with report:
-            run_child("model.trainer", [str(job_file)], on_event, stopped_status=STOPPED)
+            run_child("model.training_process", [str(job_file)], on_event, stopped_status=STOPPED)
     except ChildStopped:
         saved = f"saved at step {report.step} of {job.train.num_train_steps}"
         raise ChildStopped(f"training {job.name} was stopped and {saved}: run the same command again to continue") from None

@@ -32,7 +32,7 @@ def abstract(mesh: Any) -> Any:
 def saved(tmp_path: Path) -> Path:
     """Steps 10, 20 and 30."""
     mesh = partitioning.make_mesh(devices=jax.devices()[:1])
-    checkpoints = Checkpoints(tmp_path / "checkpoints", max_to_keep=3)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep_every=10, max_to_keep=3)
     for step in (10, 20, 30):
         checkpoints.save(step, state(step, mesh), {"step": step})
     checkpoints.close()
@@ -41,8 +41,8 @@ def saved(tmp_path: Path) -> Path:
 
 def restored_step(directory: Path) -> tuple[int, list[str]]:
     mesh = partitioning.make_mesh(devices=jax.devices()[:1])
-    checkpoints = Checkpoints(directory, max_to_keep=3)
-    restored, progress = checkpoints.restore(abstract(mesh))
+    checkpoints = Checkpoints(directory, keep_every=10, max_to_keep=3)
+    restored, progress = checkpoints.restore(abstract(mesh)), checkpoints.progress()
     checkpoints.close()
     np.testing.assert_array_equal(restored["params"]["w"], state(progress["step"], mesh)["params"]["w"])
     assert int(restored["step"]) == progress["step"]
@@ -91,7 +91,7 @@ def test_all_damaged_never_starts_over_in_silence(saved: Path) -> None:
         flip(next(path for path in data_files(saved / step) if path.parent.name == "d"))
     for _ in range(2):  # the second attempt finds them already set aside
         with pytest.raises(CheckpointError, match="does not start over by itself"):
-            Checkpoints(saved, max_to_keep=3)
+            Checkpoints(saved, keep_every=10, max_to_keep=3)
 
 
 def test_foreign_directories_do_not_count(saved: Path) -> None:
@@ -104,8 +104,8 @@ def test_foreign_directories_do_not_count(saved: Path) -> None:
 
 def test_restores_onto_another_mesh(saved: Path) -> None:
     mesh = partitioning.make_mesh()
-    checkpoints = Checkpoints(saved, max_to_keep=3)
-    restored, _ = checkpoints.restore(abstract(mesh))
+    checkpoints = Checkpoints(saved, keep_every=10, max_to_keep=3)
+    restored = checkpoints.restore(abstract(mesh))
     checkpoints.close()
     assert restored["params"]["w"].sharding.spec == PartitionSpec("fsdp")
     np.testing.assert_array_equal(restored["params"]["w"], state(30, mesh)["params"]["w"])
@@ -121,10 +121,11 @@ def test_only_the_weights(saved: Path) -> None:
         restore_params(saved / "20", abstract(mesh)["params"])
 
 
-def test_old_checkpoints_go_and_damaged_ones_do_not_count_as_kept(saved: Path) -> None:
+def test_multiples_stay_and_of_the_others_the_newest_two_that_are_good(saved: Path) -> None:
     mesh = partitioning.make_mesh(devices=jax.devices()[:1])
     flip(next(path for path in data_files(saved / "30") if path.parent.name == "d"))
-    checkpoints = Checkpoints(saved, max_to_keep=2)
-    checkpoints.save(25, state(25, mesh), {"step": 25})
+    checkpoints = Checkpoints(saved, keep_every=20)
+    for step in (25, 26, 27):
+        checkpoints.save(step, state(step, mesh), {"step": step})
     checkpoints.close()
-    assert sorted(path.name for path in saved.iterdir() if path.name.isdigit()) == ["20", "25"]
+    assert sorted(path.name for path in saved.iterdir() if path.name.isdigit()) == ["20", "26", "27"]

@@ -5,16 +5,16 @@ from __future__ import annotations
 import threading
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.feed import BatchError, BatchFeed
-
-SHARDING = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+from model import partitioning
+from model.feed import BatchError, BatchFeed, held_rows, place
 
 
 class Steps:
-    """A loader whose batches hold their step; it makes them while `gate` is open, and fails at one of them."""
+    """Batches that hold their step, made while `gate` is open; one of them fails."""
 
     def __init__(self, fails_at: int | None = None) -> None:
         self.fails_at = fails_at
@@ -22,12 +22,12 @@ class Steps:
         self.gate = threading.Event()
         self.gate.set()
 
-    def batch(self, step: int) -> dict[str, np.ndarray]:
+    def batch(self, step: int) -> dict[str, jax.Array]:
         self.gate.wait(30)
         self.asked.append(step)
         if step == self.fails_at:
             raise OSError("the disk is gone")
-        return {"tokens": np.full((2, 3), step, np.int32)}
+        return {"tokens": jnp.full((2, 3), step, jnp.int32)}
 
 
 def wait_for(feed: BatchFeed) -> None:
@@ -37,10 +37,9 @@ def wait_for(feed: BatchFeed) -> None:
 
 def test_batches_come_in_order_and_stop_at_the_end() -> None:
     loader = Steps()
-    feed = BatchFeed(loader, SHARDING, first_step=5, end_step=12, ahead=3)
+    feed = BatchFeed(loader, first_step=5, end_step=12, ahead=3)
     for step in range(5, 12):
         batch = feed.take()
-        assert isinstance(batch["tokens"], jax.Array)
         assert batch["tokens"].tolist() == [[step] * 3] * 2
         assert feed.waited_seconds >= 0
     assert loader.asked == list(range(5, 12))
@@ -51,7 +50,7 @@ def test_batches_come_in_order_and_stop_at_the_end() -> None:
 
 def test_it_reads_so_many_ahead_and_no_more() -> None:
     loader = Steps()
-    feed = BatchFeed(loader, SHARDING, first_step=0, end_step=100, ahead=3)
+    feed = BatchFeed(loader, first_step=0, end_step=100, ahead=3)
     wait_for(feed)
     assert loader.asked == [0, 1, 2]
     feed.take()
@@ -62,7 +61,7 @@ def test_it_reads_so_many_ahead_and_no_more() -> None:
 
 def test_occupancy_is_how_full_the_queue_was_since_it_was_last_asked() -> None:
     loader = Steps()
-    feed = BatchFeed(loader, SHARDING, first_step=0, end_step=100, ahead=2)
+    feed = BatchFeed(loader, first_step=0, end_step=100, ahead=2)
     assert feed.occupancy() == 0
     for _ in range(3):
         wait_for(feed)
@@ -83,11 +82,20 @@ def test_occupancy_is_how_full_the_queue_was_since_it_was_last_asked() -> None:
 
 
 def test_an_error_of_the_loader_names_the_step_and_comes_when_its_batch_is_due() -> None:
-    feed = BatchFeed(Steps(fails_at=2), SHARDING, first_step=0, end_step=9)
+    feed = BatchFeed(Steps(fails_at=2), first_step=0, end_step=9)
     assert feed.take()["tokens"][0, 0] == 0
     assert feed.take()["tokens"][0, 0] == 1
     with pytest.raises(BatchError, match="the batch of step 2 could not be made: OSError: the disk is gone"):
         feed.take()
     feed.close()
     with pytest.raises(ValueError, match="ahead=0"):
-        BatchFeed(Steps(), SHARDING, first_step=0, end_step=1, ahead=0)
+        BatchFeed(Steps(), first_step=0, end_step=1, ahead=0)
+
+
+def test_each_device_gets_its_rows_and_its_part_of_the_sequence() -> None:
+    """A process that read only the rows its devices hold, on a mesh that splits the sequence too."""
+    mesh = partitioning.make_mesh(context=2, devices=jax.devices()[:4])
+    whole = {"tokens": np.arange(4 * 6, dtype=np.int32).reshape(4, 6)}
+    sharding = partitioning.batch_sharding(mesh)
+    np.testing.assert_array_equal(place(whole, sharding)["tokens"], whole["tokens"])
+    assert held_rows(sharding, (4, 6)) == (0, 4)

@@ -241,7 +241,7 @@ def test_of_two_at_once_one_trains_and_the_other_reuses(homes: int, untrained: P
 def test_a_trainer_killed_for_its_memory_fails_the_run_and_says_so(untrained: Path, home: Path) -> None:
     job = MainJob(untrained, home)
     job.until("step 1/")
-    trainer = job.child("model.trainer")
+    trainer = job.child("model.training_process")
     assert trainer is not None
     os.kill(trainer, signal.SIGKILL)
     assert job.status() == 1, job.output

@@ -131,7 +131,7 @@ def test_a_disk_too_small_for_the_checkpoints_is_refused_before_anything_starts(
         "bytes free, this run needs about",
         "for checkpoints",
         "free some space",
-        "lower train.max_checkpoints",
+        "set train.max_checkpoints lower",
     )
 
 

@@ -181,7 +181,7 @@ def test_on_the_slice_itself_the_trainer_is_told_what_preflight_chose(tmp_path: 
 
 
 def test_the_trainer_refuses_devices_that_are_not_the_slice() -> None:
-    from model.trainer import check_devices
+    from model.training_process import check_devices
 
     train = on_slice("v5litepod-4").train
     with pytest.raises(ValueError, match=r"accelerator_type='v5litepod-4' is 4 chips of TPU v5e, and JAX sees 8 device\(s\) of kind 'cpu'"):

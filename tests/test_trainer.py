@@ -4,90 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from model.config import LlamaConfig
-from model.job import TrainingJob
 from model.metrics import read_json_lines
-from model.train_config import SimpleTrainConfig
-from model.vocabularies.vocabulary import Vocabulary
-from tasks.datasets import SentencePieceTraining
-from tasks.vocabulary import train_sentencepiece
-from tests.synthetic_stores import write_mixture
-
-CHECKOUT = Path(__file__).resolve().parent.parent
-VOCAB = 512
-STEPS = 24
+from tests.training_processes import CHECKOUT, STEPS, finish, losses, make_mixture, read_until, start, write_job
 
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("data")
-    directory = Path(write_mixture(root, {"a": 0.7, "b": 0.3}, vocab_size=VOCAB).path)
-    words = ("".join(chr(97 + (i * j) % 26) for j in range(1, 8)) for i in range(4000))
-    model = train_sentencepiece(SentencePieceTraining(vocab_size=VOCAB), words)
-    (root / "given.model").write_bytes(model)
-    content = json.loads((directory / "mixture.json").read_text())
-    vocabulary, tokenizer = Vocabulary.open(root / "given.model"), directory / content["tokenizer"]["path"]
-    tokenizer.mkdir(parents=True)
-    vocabulary.write(tokenizer)
-    content["tokenizer"]["digest"] = vocabulary.digest
-    (directory / "mixture.json").write_text(json.dumps(content))
-    for store in root.glob("tokens/*/manifest.json"):
-        text = store.read_text().replace("t" * 64, vocabulary.digest)
-        store.write_text(text)
-    return directory
-
-
-def write_job(directory: Path, mixture: Path, **changes: Any) -> Path:
-    train = {
-        "train_batch_size": 4,
-        "num_train_steps": STEPS,
-        "learning_rate": 5e-3,
-        "compute_dtype": "float32",
-        "steps_per_eval": 12,
-        "steps_per_export": 4,
-        "steps_per_log": 1,
-        "steps_per_sample": 24,
-        "sample_prompts": ("abc",),
-        "sample_tokens": 5,
-        **changes,
-    }
-    job = TrainingJob(
-        name="run",
-        fingerprint="a" * 64,
-        directory=directory,
-        mixture=mixture,
-        model=LlamaConfig(seq_len=32, hidden_dim=32, intermediate_dim=64, num_layers=2, num_heads=2, num_kv_heads=1),
-        train=SimpleTrainConfig(**train),
-    )
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / ".job.json"
-    path.write_text(job.model_dump_json())
-    return path
-
-
-def start(job: Path, **environment: str) -> subprocess.Popen[str]:
-    # One device and one core: float sums in the same order every time.
-    variables = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(CHECKOUT), **environment}
-    command = ["taskset", "-c", "0", sys.executable, "-m", "model.trainer", str(job)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables)
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, list[dict[str, Any]], str]:
-    out, err = process.communicate(timeout=300)
-    return process.returncode, [json.loads(line) for line in out.splitlines() if line.startswith("{")], err
-
-
-def losses(directory: Path) -> dict[int, tuple[Any, Any]]:
-    return {row["step"]: (row.get("train/loss"), row.get("eval/loss")) for row in read_json_lines(directory / "metrics.jsonl")}
+    return make_mixture(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -97,15 +29,6 @@ def undisturbed(mixture: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     assert status == 0, err
     assert events[-1] == {"event": "done", "step": STEPS}
     return directory
-
-
-def read_until(process: subprocess.Popen[str], step: int) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        event = json.loads(line) if line.startswith("{") else {}
-        if event.get("event") == "progress" and event["step"] >= step:
-            return
-    raise AssertionError(f"ended before step {step}: {process.stderr.read() if process.stderr else ''}")
 
 
 def test_the_run_leaves_what_it_should(undisturbed: Path) -> None:
@@ -154,9 +77,47 @@ def test_sigterm_saves_where_it_stands(mixture: Path, undisturbed: Path, tmp_pat
     assert losses(tmp_path / "run") == losses(undisturbed)
 
 
+def test_a_touched_file_or_a_signal_saves_and_training_goes_on(mixture: Path, tmp_path: Path) -> None:
+    job = write_job(tmp_path / "run", mixture, num_train_steps=100_000, steps_per_export=100_000, steps_per_eval=100_000)
+    process = start(job)
+    read_until(process, 5)
+    (tmp_path / "run" / "save-now").touch()
+    first = saved_at(process)
+    assert not (tmp_path / "run" / "save-now").exists()
+    process.send_signal(signal.SIGUSR1)
+    second = saved_at(process)
+    assert second > first >= 5
+    read_until(process, second + 2)
+    process.terminate()
+    assert finish(process)[0] == 75
+    assert {str(second)} < {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+
+
+def test_the_clock_asks_for_checkpoints_of_which_two_stay(mixture: Path, tmp_path: Path) -> None:
+    job = write_job(tmp_path / "run", mixture, num_train_steps=100_000, steps_per_export=100_000, minutes_per_checkpoint=0.01)
+    process = start(job)
+    steps = [saved_at(process) for _ in range(4)]
+    process.kill()
+    process.wait()
+    assert steps == sorted(set(steps))
+    names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert str(steps[2]) in names  # the fourth may not be committed yet
+    assert str(steps[0]) not in names
+
+
+def saved_at(process: subprocess.Popen[str]) -> int:
+    """The step of the next save that it starts."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        event = json.loads(line) if line.startswith("{") else {}
+        if event.get("event") == "saving":
+            return int(event["step"])
+    raise AssertionError(f"ended without a save: {process.stderr.read() if process.stderr else ''}")
+
+
 def test_it_dies_with_its_parent(mixture: Path, tmp_path: Path) -> None:
     job = write_job(tmp_path / "run", mixture, num_train_steps=100_000)
-    code = "import subprocess, sys; subprocess.run([sys.executable, '-m', 'model.trainer', sys.argv[1]])"
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-m', 'model.training_process', sys.argv[1]])"
     variables = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(CHECKOUT)}
     parent = subprocess.Popen([sys.executable, "-c", code, str(job)], stdout=subprocess.PIPE, text=True, env=variables)
     read_until(parent, 2)
@@ -185,6 +146,7 @@ def test_numbers_that_are_not_finite_stop_the_run_and_keep_the_last_good_checkpo
     assert status == 1
     assert events[-1]["event"] == "error"
     assert "not finite" in events[-1]["message"]
+    assert re.search(r"step \d+, rows \d+ to \d+ \(a \d", events[-1]["message"])
     assert "train.learning_rate" in events[-1]["message"]
 
 
@@ -192,11 +154,12 @@ def test_a_checkpoint_of_another_run_is_refused(mixture: Path, undisturbed: Path
     import shutil
 
     shutil.copytree(undisturbed, tmp_path / "run")
-    job = write_job(tmp_path / "run", mixture)
+    job = write_job(tmp_path / "run", mixture, learning_rate=1e-3, steps_per_eval=7)
     job.write_text(job.read_text().replace("a" * 64, "b" * 64))
     status, events, _ = finish(start(job))
     assert status == 1
     assert "belongs to run aaaaaaaaaaaaaaaa" in events[-1]["message"]
+    assert "train.learning_rate was 0.005, is 0.001." in events[-1]["message"]
 
 
 def test_a_vocabulary_larger_than_the_model_is_refused(mixture: Path, tmp_path: Path) -> None:

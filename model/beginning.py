@@ -1,0 +1,83 @@
+"""Where a run begins: at its own newest checkpoint that verifies, or at fresh weights from the seed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+
+from model.checkpoint import Checkpoints
+from model.config import LlamaConfig
+from model.data_position import Jump
+from model.durable import write_json
+from model.job import TrainingJob
+from model.train_step import TrainState, abstract_state, init_state
+
+SKIPPED_DATA = "skipped-data.json"
+
+
+class Beginning(NamedTuple):
+    """What a run starts with."""
+
+    state: TrainState
+    jumps: tuple[Jump, ...]  # of the data, up to and after this step
+    data: Mapping[str, Any] | None  # where the checkpoint stood in the data; None where there is no checkpoint
+
+
+def begin(job: TrainingJob, config: LlamaConfig, mesh: Mesh, checkpoints: Checkpoints) -> Beginning:
+    """The state and the data's jumps that the run goes on with.
+
+    Raises:
+        ValueError: the newest checkpoint is another run's; names the fields that differ.
+    """
+    skipped = read_skipped_data(job.directory)
+    if checkpoints.latest_step() is None:
+        return Beginning(init_state(config, job.train, mesh), skipped, None)
+    progress = checkpoints.progress()
+    if progress["run"] != job.fingerprint:
+        raise ValueError(_another_run(checkpoints.directory, progress, job))
+    state = TrainState(*checkpoints.restore(abstract_state(config, job.train, mesh)))
+    jumps = {*map(tuple, progress["jumps"]), *skipped}
+    return Beginning(state, tuple(Jump(*jump) for jump in sorted(jumps)), progress["data"])
+
+
+def read_skipped_data(directory: Path) -> tuple[Jump, ...]:
+    """The jumps over data that broke the training, as `skip_data` wrote them."""
+    try:
+        content = json.loads((directory / SKIPPED_DATA).read_text(encoding="utf-8"))
+        return tuple(Jump(int(one["step"]), int(one["rows"])) for one in content["skipped"])
+    except FileNotFoundError:
+        return ()
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{directory / SKIPPED_DATA} cannot be read ({error}): restore it, or the data that follows is unknown") from None
+
+
+def skip_data(directory: Path, step: int, rows: int, why: str) -> None:
+    """Writes down that from `step` on the data is `rows` further: every process that begins after this knows."""
+    path = directory / SKIPPED_DATA
+    before = json.loads(path.read_text(encoding="utf-8"))["skipped"] if path.exists() else []
+    write_json(path, {"skipped": [*before, {"step": step, "rows": rows, "why": why}]})
+
+
+def _another_run(directory: Path, progress: Mapping[str, Any], job: TrainingJob) -> str:
+    was, now = dict(_flat(progress.get("config", {}))), dict(_flat(job.identity_fields()))
+    fields = [
+        f"{name} was {was.get(name)!r}, is {now.get(name)!r}" for name in sorted(was.keys() | now.keys()) if was.get(name) != now.get(name)
+    ]
+    differing = "; ".join(fields) or "the data is another"
+    return (
+        f"the checkpoint of step {progress['step']} in {directory} belongs to run {progress['run'][:16]}, not to this run "
+        f"{job.fingerprint[:16]}: {differing}. What decides the result may not differ (devices, cadence, logging and paths may): go "
+        f"back to what it was, or move the checkpoints away"
+    )
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _flat(item, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value

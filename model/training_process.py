@@ -1,0 +1,119 @@
+"""The training process: `python -m model.training_process JOB.json`, one on every host.
+
+Reads a TrainingJob, continues from its newest verified checkpoint, and speaks in JSON lines on standard output.
+Exit status: 0 the last checkpoint is committed, 75 stopped by a signal after saving, 1 an error that was named.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from model.child import STOPPED, die_with_parent, emit
+from model.distributed import join_processes
+from model.flops import CHIPS, chip_of, num_parameters
+from model.job import TrainingJob
+from model.optimizer import decayed_names
+from model.requests import Request
+from model.slices import slice_named
+from model.train_config import SimpleTrainConfig
+from model.trainer import Trainer
+
+
+def main(job_file: Path) -> int:
+    """Runs one job; returns the exit status."""
+    die_with_parent()
+    began = time.perf_counter()
+    signals = Signals()
+    try:
+        job = TrainingJob.model_validate_json(job_file.read_text(encoding="utf-8"))
+        join_processes(job.train)
+        check_devices(job.train)
+        keep_compiled_programs(job.directory)
+        trainer = Trainer(job)
+        signals.go_to(trainer)
+        emit("start", **describe(trainer, time.perf_counter() - began))
+        done = trainer.run()
+        emit("done" if done else "stopped", step=trainer.step)
+        return 0 if done else STOPPED
+    except Exception as error:
+        if not isinstance(error, ValueError | ArithmeticError | OSError):
+            traceback.print_exc()  # nothing we foresaw: the log needs the place
+        emit("error", message=str(error), type=type(error).__name__)
+        return 1
+
+
+class Signals:
+    """SIGTERM and SIGUSR1 as requests to the trainer; one that comes while it is being made waits for it."""
+
+    def __init__(self) -> None:
+        self._early = Request.NOTHING
+        self._trainer: Trainer | None = None
+        signal.signal(signal.SIGTERM, lambda *_: self._ask(Request.STOP))
+        signal.signal(signal.SIGUSR1, lambda *_: self._ask(Request.SAVE))
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which asks us to stop once
+
+    def go_to(self, trainer: Trainer) -> None:
+        """Hands on what came and what will come."""
+        self._trainer = trainer
+        trainer.requests.ask(self._early)
+
+    def _ask(self, request: Request) -> None:
+        self._early = max(self._early, request)
+        if self._trainer is not None:
+            self._trainer.requests.ask(request)
+
+
+def keep_compiled_programs(directory: Path) -> None:
+    """Lets a run that is continued find the programs that it compiled before, unless JAX is told another place."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(directory / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def check_devices(train: SimpleTrainConfig) -> None:
+    """Refuses to train on other devices than the slice that the job was planned for.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if train.accelerator_type is None:
+        return
+    wanted, kind = slice_named(train.accelerator_type), jax.devices()[0].device_kind
+    count = wanted.num_chips * train.slice_count
+    if chip_of(kind) != CHIPS[wanted.generation] or jax.device_count() != count:
+        raise ValueError(
+            f"train.accelerator_type={train.accelerator_type!r} is {count} chips of TPU {wanted.generation}, and JAX sees "
+            f"{jax.device_count()} device(s) of kind {kind!r} here: train there, or leave it unset to use what is here"
+        )
+
+
+def describe(trainer: Trainer, seconds: float) -> dict[str, Any]:
+    """What the run decided, for the start-up report."""
+    return {
+        "start_step": trainer.step,
+        "num_train_steps": trainer.last_step,
+        "skipped_checkpoints": trainer.checkpoints.skipped,
+        "num_parameters": num_parameters(trainer.config),
+        "mesh": dict(trainer.mesh.shape),
+        "processes": jax.process_count(),
+        "device_kind": jax.local_devices()[0].device_kind,
+        "microbatches": trainer.microbatches,
+        "decayed": decayed_names(trainer.state.params),
+        "held_out": list(trainer.mixture.validation_names()),
+        "planned": trainer.data.loader.planned(trainer.last_step),
+        "start_up_seconds": seconds,
+    }
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m model.training_process JOB.json")
+    sys.exit(main(Path(sys.argv[1])))
