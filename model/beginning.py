@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,8 +40,19 @@ def begin(job: TrainingJob, config: LlamaConfig, mesh: Mesh, checkpoints: Checkp
     if progress["run"] != job.fingerprint:
         raise ValueError(_another_run(checkpoints.directory, progress, job))
     state = TrainState(*checkpoints.restore(abstract_state(config, job.train, mesh)))
-    jumps = {*map(tuple, progress["jumps"]), *skipped}
-    return Beginning(state, tuple(Jump(*jump) for jump in sorted(jumps)), progress["data"])
+    return Beginning(state, _jumps(progress, skipped, job.directory), progress["data"])
+
+
+def _jumps(progress: Mapping[str, Any], skipped: Sequence[Jump], directory: Path) -> tuple[Jump, ...]:
+    """Those that the checkpoint was made with, and those since: data is skipped from a checkpoint's step on."""
+    made_with = {Jump(*jump) for jump in progress["jumps"]}
+    for jump in set(skipped) - made_with:
+        if jump.step < progress["step"]:
+            raise ValueError(
+                f"{directory / SKIPPED_DATA} says that {jump.rows} rows were skipped at step {jump.step}, and the checkpoint of step "
+                f"{progress['step']} was trained without that: restore the file as it was"
+            )
+    return tuple(sorted({*made_with, *skipped}))
 
 
 def read_skipped_data(directory: Path) -> tuple[Jump, ...]:

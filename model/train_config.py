@@ -63,6 +63,9 @@ class SimpleTrainConfig(Config):
         10.0, gt=0, description="Save this long after the last save too; of these the newest two stay. Unset: never by the clock."
     )
     max_checkpoints: int | None = runtime(None, ge=1, description="Of the checkpoints to keep, the newest so many; unset keeps all.")
+    max_rollbacks: int = runtime(
+        0, ge=0, description="How often a loss that is not finite takes the run back to its newest checkpoint, and over the data since."
+    )
     steps_per_log: int = runtime(10, ge=1, description="Write metrics every so many steps.")
     steps_per_sample: int = runtime(1000, ge=1, description="Generate sample text every so many steps, and at the end.")
     sample_prompts: tuple[str, ...] = runtime(("The", "In the beginning", "Once upon a time"), description="Prompts of the samples.")

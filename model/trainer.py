@@ -34,7 +34,11 @@ from model.train_step import compile_train_step
 
 
 class NonFiniteLoss(ArithmeticError):
-    """The loss or the gradient became NaN or infinite; the weights were not updated with it."""
+    """The loss or the gradient of `step` became NaN or infinite; the weights were not updated with it."""
+
+    def __init__(self, step: int, message: str) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 class Trainer:
@@ -102,7 +106,8 @@ class Trainer:
             self._dispatch_step()
             self._run_hooks([hook for hook in self.hooks if hook.due(self._dispatched)])
         self._settle()
-        return self._finish()
+        self.close()
+        return self.step == self.last_step
 
     def _make_up(self) -> None:
         """Does what was due at the step of the checkpoint and is not in the records: a kill came between, or a cadence changed."""
@@ -139,7 +144,7 @@ class Trainer:
         values = {name: float(value) for name, value in metrics.items()}
         if not values.pop("finite"):
             self.metrics.sync()
-            raise NonFiniteLoss(self._what_broke(step, values))
+            raise NonFiniteLoss(step, self._what_broke(step, values))
         self.step = step
         speed = self.speed.step_done(step, self._loading_seconds.pop(step))
         if step % self.job.train.steps_per_log == 0 or step in (1, self.last_step):
@@ -158,16 +163,16 @@ class Trainer:
         return (
             f"step {step}, {self.data.describe(step - 1)}: loss {values['train/loss']}, gradient norm {values['grad/norm/total']}: not "
             f"finite, so the weights were not updated. The last good checkpoint is step {self.checkpoints.latest_step()}; lower "
-            f"train.learning_rate (now {self.job.train.learning_rate:g}), lengthen train.warmup, or set train.z_loss_weight"
+            f"train.learning_rate (now {self.job.train.learning_rate:g}), lengthen train.warmup, set train.z_loss_weight, or let it go on "
+            f"without this data: train.max_rollbacks"
         )
 
-    def _finish(self) -> bool:
+    def close(self) -> None:
         """Closes what is open; the last checkpoint is committed when this returns."""
         self.metrics.close()
         self.samples.close()
         self.checkpoints.close()
         self.feed.close()
-        return self.step == self.last_step
 
 
 def tell(message: str) -> None:

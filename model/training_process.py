@@ -16,15 +16,16 @@ from typing import Any
 
 import jax
 
+from model.beginning import read_skipped_data, skip_data
 from model.child import STOPPED, die_with_parent, emit
-from model.distributed import join_processes
+from model.distributed import is_leader, join_processes, wait_for_all
 from model.flops import CHIPS, chip_of, num_parameters
 from model.job import TrainingJob
 from model.optimizer import decayed_names
 from model.requests import Request
 from model.slices import slice_named
 from model.train_config import SimpleTrainConfig
-from model.trainer import Trainer
+from model.trainer import NonFiniteLoss, Trainer, tell
 
 
 def main(job_file: Path) -> int:
@@ -37,17 +38,47 @@ def main(job_file: Path) -> int:
         join_processes(job.train)
         check_devices(job.train)
         keep_compiled_programs(job.directory)
-        trainer = Trainer(job)
-        signals.go_to(trainer)
-        emit("start", **describe(trainer, time.perf_counter() - began))
-        done = trainer.run()
-        emit("done" if done else "stopped", step=trainer.step)
+        step = train(job, signals, began)
+        done = step == job.train.num_train_steps
+        emit("done" if done else "stopped", step=step)
         return 0 if done else STOPPED
     except Exception as error:
         if not isinstance(error, ValueError | ArithmeticError | OSError):
             traceback.print_exc()  # nothing we foresaw: the log needs the place
         emit("error", message=str(error), type=type(error).__name__)
         return 1
+
+
+def train(job: TrainingJob, signals: Signals, began: float) -> int:
+    """Runs the job to its end or to a stop, over data that breaks it as often as the job allows; returns the last step."""
+    while True:
+        trainer = Trainer(job)
+        signals.go_to(trainer)
+        emit("start", **describe(trainer, time.perf_counter() - began))
+        try:
+            trainer.run()
+            return trainer.step
+        except NonFiniteLoss as error:
+            trainer.close()
+            go_back(trainer, error)
+
+
+def go_back(trainer: Trainer, error: NonFiniteLoss) -> None:
+    """Writes down that the run goes on from its newest checkpoint with other data: what came between is skipped (PaLM, section 5.1).
+
+    Raises:
+        NonFiniteLoss: that was done as often as `train.max_rollbacks` allows.
+    """
+    done, allowed = len(read_skipped_data(trainer.job.directory)), trainer.job.train.max_rollbacks
+    if done >= allowed:
+        raise error
+    step = trainer.checkpoints.latest_step() or 0
+    rows = trainer.data.first_row(error.step) - trainer.data.first_row(step)
+    wait_for_all("all know how often it went back")
+    if is_leader():
+        skip_data(trainer.job.directory, step, rows, str(error))
+    wait_for_all("what to skip is written")
+    tell(f"{error}. Going back to step {step} and over the {rows:,} rows since then ({done + 1} of train.max_rollbacks={allowed})")
 
 
 class Signals:
@@ -108,6 +139,7 @@ def describe(trainer: Trainer, seconds: float) -> dict[str, Any]:
         "microbatches": trainer.microbatches,
         "decayed": decayed_names(trainer.state.params),
         "held_out": list(trainer.mixture.validation_names()),
+        "skipped_rows": sum(jump.rows for jump in read_skipped_data(trainer.job.directory)),
         "planned": trainer.data.loader.planned(trainer.last_step),
         "start_up_seconds": seconds,
     }

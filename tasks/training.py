@@ -154,6 +154,7 @@ def training_stats(directory: Path, report: TrainingReport) -> dict[str, Any]:
         "final": final,
         "samples": read_samples(directory / "samples.jsonl"),
         "num_parameters": report.started.get("num_parameters"),
+        "skipped_rows": report.started.get("skipped_rows", 0),
         "components": report.started.get("planned", {}),
     }
 

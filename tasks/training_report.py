@@ -66,6 +66,8 @@ class TrainingReport:
             self._log.warning(skipped)
         if self.step:
             self._log.info("resuming from the checkpoint of step %d, verified", self.step)
+        if event["skipped_rows"]:
+            self._log.warning("%d rows of data that broke the training are left out", event["skipped_rows"])
         mesh = " x ".join(f"{axis} {size}" for axis, size in event["mesh"].items())
         self._log.info(
             "%s parameters on %s, mesh %s, %d microbatch(es); decayed: %s",
@@ -84,7 +86,9 @@ class TrainingReport:
         self._start_bar()
 
     def _start_bar(self) -> None:
-        if self._console.is_terminal:
+        if self._bar is not None:  # it went back to a checkpoint
+            self._bar.update(self._bar_task, completed=self.step)
+        elif self._console.is_terminal:
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=None),

@@ -80,13 +80,12 @@ def start(job: Path, *, devices: int = 1, **environment: str) -> subprocess.Pope
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables)
 
 
-def start_together(job: Path, count: int, **environment: str) -> list[subprocess.Popen[str]]:
+def start_together(job: Path, count: int) -> list[subprocess.Popen[str]]:
     """`count` processes of one run, a device each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    joined = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
-    return [start(job, **joined, JAX_PROCESS_ID=str(index), **environment) for index in range(count)]
+    return [start(job, JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES=str(count), JAX_PROCESS_ID=str(index)) for index in range(count)]
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, list[dict[str, Any]], str]:
