@@ -7,6 +7,7 @@ Exit status: 0 the last checkpoint is committed, 75 stopped by a signal after sa
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -27,6 +28,8 @@ from model.slices import slice_named
 from model.train_config import SimpleTrainConfig
 from model.trainer import NonFiniteLoss, Trainer, tell
 
+COMPILED = "compiled"
+
 
 def main(job_file: Path) -> int:
     """Runs one job; returns the exit status."""
@@ -40,6 +43,8 @@ def main(job_file: Path) -> int:
         keep_compiled_programs(job.directory)
         step = train(job, signals, began)
         done = step == job.train.num_train_steps
+        if done and is_leader():
+            shutil.rmtree(job.directory / COMPILED, ignore_errors=True)  # nobody continues a finished run
         emit("done" if done else "stopped", step=step)
         return 0 if done else STOPPED
     except Exception as error:
@@ -104,8 +109,8 @@ class Signals:
 
 def keep_compiled_programs(directory: Path) -> None:
     """Lets a run that is continued find the programs that it compiled before, unless JAX is told another place."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(directory / "compiled"))
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(directory / COMPILED))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 

@@ -77,6 +77,19 @@ def test_sigterm_saves_where_it_stands(mixture: Path, undisturbed: Path, tmp_pat
     assert losses(tmp_path / "run") == losses(undisturbed)
 
 
+def test_a_resumed_run_compiles_nothing_that_it_compiled_before(mixture: Path, tmp_path: Path) -> None:
+    job = write_job(tmp_path / "run", mixture, num_train_steps=100_000, steps_per_export=100_000)
+    compiled: list[set[str]] = []
+    for _ in range(2):
+        process = start(job, JAX_COMPILATION_CACHE_DIR="")
+        read_until(process, 3)
+        process.terminate()
+        assert finish(process)[0] == 75
+        compiled.append({path.name for path in (tmp_path / "run" / "compiled").glob("jit_*-cache")})
+    assert any(name.startswith("jit_step-") for name in compiled[0])
+    assert not any(name.startswith("jit_step-") for name in compiled[1] - compiled[0])
+
+
 def test_a_touched_file_or_a_signal_saves_and_training_goes_on(mixture: Path, tmp_path: Path) -> None:
     job = write_job(tmp_path / "run", mixture, num_train_steps=100_000, steps_per_export=100_000, steps_per_eval=100_000)
     process = start(job)
