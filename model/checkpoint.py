@@ -156,12 +156,13 @@ class Checkpoints:
         self._manager.close()
 
 
-def restore_params(directory: Path, abstract_params: Any) -> Any:
+def restore_params(directory: Path, abstract_params: Any, *, field: str = "params") -> Any:
     """Only the weights of one committed checkpoint directory, verified first.
 
     Args:
         directory: `checkpoints/<step>`.
         abstract_params: pytree of `jax.ShapeDtypeStruct` with shardings.
+        field: which part of the saved TrainState, `params` or `ema_params`.
 
     Raises:
         CheckpointError: naming the damaged file.
@@ -172,9 +173,9 @@ def restore_params(directory: Path, abstract_params: Any) -> Any:
         restored = checkpointer.restore(
             (directory / "state").absolute(),
             args=ocp.args.PyTreeRestore(
-                {"params": abstract_params},
-                restore_args={"params": ocp.checkpoint_utils.construct_restore_args(abstract_params)},
+                {field: abstract_params},
+                restore_args={field: ocp.checkpoint_utils.construct_restore_args(abstract_params)},
                 partial_restore=True,
             ),
         )
-    return restored["params"]
+    return restored[field]

@@ -19,7 +19,7 @@ from model.parameters import param_shapes
 
 
 def export(job: TrainingJob, directory: Path, dtype: Literal["float32", "bfloat16"]) -> None:
-    """Restores the weights of the job's last step onto this machine and writes them with their tokenizer.
+    """Restores the weights of the job's last step, or their average, onto this machine and writes them with their tokenizer.
 
     Raises:
         CheckpointError: the checkpoint is damaged.
@@ -30,7 +30,8 @@ def export(job: TrainingJob, directory: Path, dtype: Literal["float32", "bfloat1
     abstract = jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), param_shapes(config), shardings
     )
-    params = restore_params(job.directory / "checkpoints" / str(job.train.num_train_steps), abstract)
+    field = "params" if job.train.ema_beta is None else "ema_params"
+    params = restore_params(job.directory / "checkpoints" / str(job.train.num_train_steps), abstract, field=field)
     save_hf(directory, config, params, tokenizer.path, dtype=dtype)
 
 

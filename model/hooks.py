@@ -85,7 +85,7 @@ class EvaluateHook(Periodic):
         """Logs `eval/...` at the current step."""
         began = time.perf_counter()
         sharding = batch_sharding(trainer.mesh)
-        metrics = evaluate(self._sums_of, trainer.state.params, self._components, sharding, max_batches=trainer.job.train.max_eval_batches)
+        metrics = evaluate(self._sums_of, trainer.state.eval_params, self._components, sharding, max_batches=trainer.job.train.max_eval_batches)
         trainer.metrics.log(trainer.step, {**metrics, "eval/total_time": time.perf_counter() - began})
         emit("eval", step=trainer.step, metrics=metrics)
 
@@ -119,7 +119,7 @@ class SampleHook(Periodic):
     def run(self, trainer: Trainer) -> None:
         """Appends one line a prompt to `samples.jsonl`."""
         completions = generate(
-            trainer.state.params,
+            trainer.state.eval_params,
             trainer.config,
             self._encoded,
             max_new_tokens=self._max_new_tokens,

@@ -1,17 +1,25 @@
-"""AdamW with the decay mask and the learning-rate schedules of Llama pretraining."""
+"""What a step makes of the gradient: the optimizers, weight decay and the clipping of updates."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
+from model.learning_rate import learning_rate_schedule
+from model.optimizer_config import AdafactorConfig, MuonConfig
+from model.outliers import clip_outlying_norm
+from model.sophia import scale_by_sophia_g
 from model.train_config import SimpleTrainConfig
 
 # Weights of Linear layers, by name in the parameter tree. Norms and the embedding are not decayed;
 # a tied embedding is an embedding (Levanter's default mask, marin's `weight_decay_modules`).
 DECAYED = frozenset({"head", "wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down"})
+TRANSPOSED = frozenset({"w_gate", "w_up"})  # stored [L, out, in], the other matrices of the layers [L, in, out]
 
 
 def decay_mask(params: Any) -> Any:
@@ -25,31 +33,114 @@ def decayed_names(params: Any) -> list[str]:
     return ["/".join(str(key.key) for key in path) for path, decayed in leaves if decayed]
 
 
-def learning_rate_schedule(train: SimpleTrainConfig) -> optax.Schedule:
-    """Learning rate by optimizer step: linear warmup from exactly 0, then `lr_schedule` to the last step.
+def make_optimizer(train: SimpleTrainConfig) -> optax.GradientTransformationExtraArgs:
+    """Global-norm clip, the optimizer, decoupled decay (Loshchilov and Hutter 2017), update clipping, times -lr, in this order.
 
-    Cosine: lr * ((1 - r) * (1 + cos(pi * t / T)) / 2 + r) with r = `min_lr_ratio` and T = steps after warmup.
+    `update` takes the number of the step as `step`: a step that was skipped counts for the learning rate, not for the moments.
     """
-    peak, warmup = train.learning_rate, train.warmup_steps
-    remaining = max(train.num_train_steps - warmup, 1)
-    match train.lr_schedule:
-        case "cosine":
-            after = optax.cosine_decay_schedule(peak, remaining, alpha=train.min_lr_ratio)
-        case "linear":
-            after = optax.linear_schedule(peak, peak * train.min_lr_ratio, remaining)
-        case "constant":
-            after = optax.constant_schedule(peak)
-    if warmup == 0:
-        return after
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
-
-
-def make_optimizer(train: SimpleTrainConfig) -> optax.GradientTransformation:
-    """Global-norm clip, Adam (Kingma and Ba 2014), decoupled decay (Loshchilov and Hutter 2017), times -lr, in this order."""
     steps = [] if train.max_grad_norm is None else [optax.clip_by_global_norm(train.max_grad_norm)]
+    steps += [_scale_by_optimizer(train), optax.add_decayed_weights(train.weight_decay, mask=decay_mask)]
+    if train.optimizer == "muon" and train.muon.adam_learning_rate_ratio != 1.0:
+        steps.append(optax.masked(optax.scale(train.muon.adam_learning_rate_ratio), _adam_mask))
+    if train.update_rms_clipping is not None:
+        steps.append(clip_by_matrix_rms(train.update_rms_clipping))
+    if train.clip_update_norm:
+        steps.append(clip_outlying_norm(train.update_norm_window))
+    return optax.chain(*steps, scale_by_learning_rate_of_step(learning_rate_schedule(train)))
+
+
+def _scale_by_optimizer(train: SimpleTrainConfig) -> optax.GradientTransformation:
+    match train.optimizer:
+        case "adamw":
+            return _adam(train)
+        case "muon":
+            return optax.partition({"muon": _muon(train.muon), "adam": _adam(train)}, _muon_labels)
+        case "lion":
+            return optax.scale_by_lion(b1=train.lion.beta1, b2=train.lion.beta2)
+        case "adafactor":
+            return _adafactor(train.adafactor)
+        case "sophia":
+            return scale_by_sophia_g(train.sophia)
+
+
+def _adam(train: SimpleTrainConfig) -> optax.GradientTransformation:
+    """Kingma and Ba 2014."""
+    return optax.scale_by_adam(b1=train.beta1, b2=train.beta2, eps=train.epsilon, nesterov=train.nesterov)
+
+
+def _muon(muon: MuonConfig) -> optax.GradientTransformation:
+    """The average of gradients, made orthogonal in every layer by itself, times a factor for its shape."""
     return optax.chain(
-        *steps,
-        optax.scale_by_adam(b1=train.beta1, b2=train.beta2, eps=train.epsilon),
-        optax.add_decayed_weights(train.weight_decay, mask=decay_mask),
-        optax.scale_by_learning_rate(learning_rate_schedule(train)),
+        optax.contrib.scale_by_muon(
+            ns_steps=muon.ns_steps, beta=muon.momentum, nesterov=muon.nesterov, weight_dimension_numbers=_muon_dimensions
+        ),
+        optax.stateless(lambda updates, _: _scale_by_shape(updates, muon.consistent_rms)),
     )
+
+
+def _scale_by_shape(updates: Any, consistent_rms: float | None) -> Any:
+    """Times `consistent_rms` * sqrt(the longer side) (Liu et al. 2025), or sqrt(max(1, out / in)) (Jordan 2024)."""
+
+    def scale(path: Any, x: jax.Array) -> jax.Array:
+        inputs, outputs = x.shape[:0:-1] if path[-1].key in TRANSPOSED else x.shape[1:]
+        factor = math.sqrt(max(1.0, outputs / inputs)) if consistent_rms is None else consistent_rms * math.sqrt(max(inputs, outputs))
+        return factor * x
+
+    return jax.tree_util.tree_map_with_path(scale, updates)
+
+
+def _muon_labels(params: Any) -> Any:
+    hidden = DECAYED - {"head"}
+    return jax.tree_util.tree_map_with_path(lambda path, _: "muon" if path[-1].key in hidden else "adam", params)
+
+
+def _adam_mask(params: Any) -> Any:
+    return jax.tree.map(lambda label: label == "adam", _muon_labels(params))
+
+
+def _muon_dimensions(params: Any) -> Any:
+    """Which axes of [L, rows, columns] are a matrix's input and output; L is not among them, so layers are apart."""
+
+    def dimensions(path: Any, _: Any) -> optax.contrib.MuonDimensionNumbers:
+        return optax.contrib.MuonDimensionNumbers(*((2, 1) if path[-1].key in TRANSPOSED else (1, 2)))
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
+def _adafactor(adafactor: AdafactorConfig) -> optax.GradientTransformation:
+    """Squared gradients as an outer product of their rows' and columns' means, update clipping, momentum."""
+    steps: list[optax.GradientTransformation] = [
+        optax.scale_by_factored_rms(decay_rate=adafactor.decay_rate, min_dim_size_to_factor=adafactor.min_dim_size_to_factor)
+    ]
+    if adafactor.clipping_threshold is not None:
+        steps.append(clip_by_matrix_rms(adafactor.clipping_threshold))
+    if adafactor.momentum is not None:
+        steps.append(optax.ema(adafactor.momentum, debias=False))
+    return optax.chain(*steps)
+
+
+def clip_by_matrix_rms(threshold: float) -> optax.GradientTransformation:
+    """Shortens the update of each matrix, and each norm, to a root mean square of at most `threshold`.
+
+    Layers are stacked in one array, and each is clipped by itself (`optax.clip_by_block_rms` alone takes the stack for one matrix).
+    """
+    clip = optax.clip_by_block_rms(threshold)
+
+    def clipped(updates: Any, _: Any) -> Any:
+        def clip_each(matrices: Any) -> Any:
+            return clip.update(matrices, optax.EmptyState())[0]
+
+        rest = {name: x for name, x in updates.items() if name != "layers"}
+        return {**clip_each(rest), "layers": jax.vmap(clip_each)(updates["layers"])}
+
+    return optax.stateless(clipped)
+
+
+def scale_by_learning_rate_of_step(schedule: Callable[[Any], Any]) -> optax.GradientTransformationExtraArgs:
+    """Times -learning rate at `step`, which `update` is given: there is no counter here that could fall behind."""
+
+    def update(updates: Any, state: optax.OptState, params: Any = None, **extra: Any) -> tuple[Any, optax.OptState]:
+        rate = -1 * schedule(extra["step"])
+        return jax.tree.map(lambda x: jnp.array(rate, dtype=x.dtype) * x, updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)

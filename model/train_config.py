@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from model.config import LlamaConfig, QuantizedDtype
-from model.config_base import Config, runtime
+from model.config_base import Config, nearest, runtime
+from model.cycles import cycles_of
+from model.optimizer_config import (
+    AdafactorConfig,
+    LionConfig,
+    MuonConfig,
+    OptimizerName,
+    OutlierWindow,
+    ScheduleName,
+    SophiaConfig,
+    check_effects,
+)
 
 NEWEST_CHECKPOINTS = 2  # kept whatever their steps are: if the last one is damaged, there is one before it
 
@@ -30,14 +41,45 @@ class SimpleTrainConfig(Config):
     seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of the initial weights, and of the data order where data_seed is unset.")
     data_seed: int | None = Field(default=None, ge=0, lt=2**31, description="Seed of the data order.")
 
+    optimizer: OptimizerName = Field(default="adamw", description="How gradients become updates.")
     weight_decay: float = Field(default=0.1, ge=0, description="Decoupled decay of the Linear weights (not norms, not the embedding).")
     beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW first-moment decay.")
     beta2: float = Field(default=0.95, ge=0, lt=1, description="AdamW second-moment decay.")
     epsilon: float = Field(default=1e-8, gt=0, description="AdamW epsilon.")
+    nesterov: bool = Field(default=False, description="AdamW with Nesterov's momentum (Dozat 2016).")
+    muon: MuonConfig = Field(default=MuonConfig(), description="Settings of the optimizer muon.")
+    lion: LionConfig = Field(default=LionConfig(), description="Settings of the optimizer lion.")
+    adafactor: AdafactorConfig = Field(default=AdafactorConfig(), description="Settings of the optimizer adafactor.")
+    sophia: SophiaConfig = Field(default=SophiaConfig(), description="Settings of the optimizer sophia.")
     max_grad_norm: float | None = Field(default=1.0, gt=0, description="Clip the global gradient norm here; unset means never.")
-    warmup: float = Field(default=0.01, ge=0, description="Linear warmup: above 1 a number of steps, up to 1 a fraction of all steps.")
-    min_lr_ratio: float = Field(default=0.1, ge=0, le=1, description="The cosine ends at this fraction of the peak learning rate.")
-    lr_schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="Shape after warmup.")
+    update_rms_clipping: float | None = Field(
+        default=None, gt=0, description="Largest root mean square of a matrix's update, in learning rates; unset means any."
+    )
+    clip_update_norm: bool = Field(default=False, description="Shorten updates that are much longer than the latest ones.")
+    update_norm_window: OutlierWindow = Field(default=OutlierWindow(sigma=3.0), description="What much longer is.")
+    skip_bad_steps: bool = Field(
+        default=False, description="Skip a step whose loss or gradient is not finite, or much larger than of late."
+    )
+    bad_step_window: OutlierWindow = Field(default=OutlierWindow(sigma=6.0), description="What much larger is.")
+    ema_beta: float | None = Field(
+        default=None, gt=0, lt=1, description="Decay of a moving average of the weights, which is evaluated and exported; unset: none."
+    )
+
+    lr_schedule: ScheduleName = Field(default="cosine", description="Shape of the decay. WSD is `linear` with a short `decay`.")
+    warmup: float = Field(
+        default=0.01, ge=0, description="Linear warmup: above 1 a number of steps, up to 1 a fraction of the first cycle."
+    )
+    decay: float | None = Field(
+        default=None, gt=0, description="Steps, or up to 1 a fraction, of each cycle that decay; unset: all the rest."
+    )
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1, description="The decay ends at this fraction of the peak learning rate.")
+    cycle_length: float | tuple[int, ...] | None = Field(
+        default=None,
+        description="Steps of a cycle of warmup and decay, a fraction of the run up to 1, or the steps of each; unset: one cycle.",
+    )
+    cycles: int | None = Field(default=None, ge=1, description="Number of equally long cycles, instead of cycle_length.")
+    rewarmup: float = Field(default=0.0, ge=0, description="Warmup of the cycles after the first: steps, or a fraction of the cycle.")
+
     z_loss_weight: float = Field(default=0.0, ge=0, description="Weight of logsumexp(logits)^2 (PaLM): keeps logits small.")
     compute_dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="Arithmetic of the layers; weights stay float32.")
     quantized_matmul: QuantizedDtype | None = Field(
@@ -71,18 +113,37 @@ class SimpleTrainConfig(Config):
     sample_prompts: tuple[str, ...] = runtime(("The", "In the beginning", "Once upon a time"), description="Prompts of the samples.")
     sample_tokens: int = runtime(64, ge=1, description="Tokens generated after each prompt, or as many as model.seq_len has room for.")
 
+    @field_validator("optimizer", "lr_schedule", mode="before")
+    @classmethod
+    def _known(cls, value: Any, info: ValidationInfo) -> Any:
+        known = list(get_args(cls.model_fields[str(info.field_name)].annotation))
+        if value == "wsd" and info.field_name == "lr_schedule":
+            raise ValueError("train.lr_schedule='wsd' is train.lr_schedule='linear' with train.decay below 1, such as 0.2: say it that way")
+        if value not in known:
+            raise ValueError(f"train.{info.field_name}={value!r} is unknown{nearest(str(value), known)}: use one of {', '.join(known)}")
+        return value
+
+    @field_validator("cycle_length")
+    @classmethod
+    def _positive(cls, value: float | tuple[int, ...] | None) -> float | tuple[int, ...] | None:
+        lengths = value if isinstance(value, tuple) else (1 if value is None else value,)
+        if not lengths or min(lengths) <= 0:
+            raise ValueError(f"train.cycle_length={value!r}: a cycle has at least one step")
+        return value
+
     @model_validator(mode="after")
     def _check(self) -> SimpleTrainConfig:
         if self.per_device_parallelism == 0:
             raise ValueError("train.per_device_parallelism=0: give the sequences per device, or -1 for the whole batch at once")
-        if self.warmup > 1 and self.warmup_steps > self.num_train_steps:
-            raise ValueError(f"train.warmup={self.warmup:g} steps is more than train.num_train_steps={self.num_train_steps}")
+        check_effects(self)
+        if len(cycles_of(self)) == 1 and self.rewarmup:
+            raise ValueError(f"train.rewarmup={self.rewarmup:g} has no effect in a single cycle: set train.cycles, or leave it out")
         return self
 
     @property
     def warmup_steps(self) -> int:
-        """Warmup in steps: `warmup` itself above 1, else that fraction of `num_train_steps`."""
-        return round(self.warmup if self.warmup > 1 else self.warmup * self.num_train_steps)
+        """Warmup of the first cycle in steps."""
+        return cycles_of(self)[0].warmup
 
     @property
     def checkpoints_kept(self) -> int:

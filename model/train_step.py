@@ -1,10 +1,11 @@
-"""One optimizer step: sums of loss and gradient over microbatches, divided by the tokens that counted, then AdamW.
+"""One optimizer step: sums of loss and gradient over microbatches, divided by the tokens that counted, then the optimizer.
 
 Legend: B sequences in the batch, M microbatches, S tokens in a sequence, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,12 +15,15 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from model import llama, partitioning
+from model.bad_steps import RecentSteps, judge_step, no_steps
 from model.config import LlamaConfig
 from model.context_parallel import context_size, spread_order
 from model.linear import Precision
 from model.losses import LossSums, next_token_loss
 from model.optimizer import make_optimizer
+from model.outliers import clip_metrics
 from model.parameters import init_params, param_shapes
+from model.sophia import sampled_targets, with_sampling_seeds
 from model.train_config import SimpleTrainConfig
 
 Batch = dict[str, jax.Array]
@@ -32,36 +36,64 @@ class TrainState(NamedTuple):
     step: Any  # int32 scalar: optimizer steps done
     params: Any
     opt_state: Any
+    ema_params: Any = None  # moving average of params; None where train.ema_beta is unset
+    recent: RecentSteps | None = None  # None where train.skip_bad_steps is off
+
+    @property
+    def eval_params(self) -> Any:
+        """The weights to evaluate, sample from and export: the moving average where there is one."""
+        return self.params if self.ema_params is None else self.ema_params
 
 
 def init_state(config: LlamaConfig, train: SimpleTrainConfig, mesh: Mesh) -> TrainState:
     """Fresh weights from `train.seed`, created where they will live."""
 
     def create() -> TrainState:
-        params = init_params(config, jax.random.key(train.seed))
-        return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(train).init(params))
+        return first_state(train, init_params(config, jax.random.key(train.seed)))
 
     return jax.jit(create, out_shardings=state_shardings(config, train, mesh))()
 
 
+def first_state(train: SimpleTrainConfig, params: Any) -> TrainState:
+    """The state before the first step with these weights."""
+    ema_params = None if train.ema_beta is None else jax.tree.map(jnp.copy, params)
+    recent = no_steps(train.bad_step_window) if train.skip_bad_steps else None
+    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(train).init(params), ema_params, recent)
+
+
 def state_shardings(config: LlamaConfig, train: SimpleTrainConfig, mesh: Mesh) -> Any:
-    """A TrainState of shardings: where each part of the state lives: the moments beside their weights, everything scalar replicated."""
+    """A TrainState of shardings: where each part of the state lives.
+
+    Averages lie beside their weights. Everything smaller than a weight is replicated: scalars, what steps are judged by, and the
+    means over rows and columns that Adafactor keeps instead of a matrix.
+    """
     params = partitioning.param_shardings(config, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
-    optimizer = make_optimizer(train)
-    opt_state = jax.eval_shape(optimizer.init, param_shapes(config))
-    placed = optax.tree.map_params(optimizer, lambda _, sharding: sharding, opt_state, params, transform_non_params=lambda _: replicated)
-    return TrainState(replicated, params, placed)
+    shapes = jax.eval_shape(functools.partial(first_state, train), param_shapes(config))
+
+    def beside(part: Any, sharding: NamedSharding, weight: jax.ShapeDtypeStruct) -> NamedSharding | optax.MaskedNode:
+        if isinstance(part, optax.MaskedNode):
+            return part  # weights of another optimizer's
+        return sharding if part.shape == weight.shape else replicated
+
+    opt_state = optax.tree.map_params(
+        make_optimizer(train),
+        beside,
+        shapes.opt_state,
+        params,
+        shapes.params,
+        transform_non_params=lambda _: replicated,
+        is_leaf=lambda part: isinstance(part, optax.MaskedNode),
+    )
+    ema_params = None if shapes.ema_params is None else params
+    return TrainState(replicated, params, opt_state, ema_params, jax.tree.map(lambda _: replicated, shapes.recent))
 
 
 def abstract_state(config: LlamaConfig, train: SimpleTrainConfig, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, without making it: what a restore needs."""
-    shapes = jax.eval_shape(
-        lambda params: TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(train).init(params)), param_shapes(config)
-    )
     return jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
-        shapes,
+        jax.eval_shape(functools.partial(first_state, train), param_shapes(config)),
         state_shardings(config, train, mesh),
     )
 
@@ -74,7 +106,10 @@ def abstract_batch(shape: tuple[int, int], mesh: Mesh) -> dict[str, jax.ShapeDty
 
 
 def loss_sums(params: Any, batch: Batch, config: LlamaConfig, train: SimpleTrainConfig, mesh: Mesh | None) -> LossSums:
-    """Loss of one batch as sums over its tokens (float32 scalars), with the tokens' total weight beside them; no mesh is one device."""
+    """Loss of one batch as sums over its tokens (float32 scalars), with the tokens' total weight beside them; no mesh is one device.
+
+    A batch with `sampling_seeds` is scored on targets drawn from the model itself, without z-loss.
+    """
     precision = Precision(
         jnp.dtype(train.compute_dtype), jnp.dtype(train.gradient_sum_dtype or train.compute_dtype), train.quantized_matmul
     )
@@ -88,12 +123,17 @@ def loss_sums(params: Any, batch: Batch, config: LlamaConfig, train: SimpleTrain
         precision=precision,
         mesh=mesh,
     )
+    head_DV, targets_BS, sampled = llama.output_head(params), batch["targets"], "sampling_seeds" in batch
+    if sampled:
+        targets_BS = sampled_targets(
+            hidden_BSD, head_DV, batch["sampling_seeds"], vocab_size=config.vocab_size, logit_soft_cap=config.logit_soft_cap
+        )
     return next_token_loss(
         hidden_BSD,
-        llama.output_head(params),
-        batch["targets"],
+        head_DV,
+        targets_BS,
         batch["loss_weights"],
-        z_loss_weight=train.z_loss_weight,
+        z_loss_weight=0.0 if sampled else train.z_loss_weight,
         chunk_size=config.cross_entropy_block_size,
         vocab_size=config.vocab_size,
         logit_soft_cap=config.logit_soft_cap,
@@ -105,7 +145,8 @@ def loss_sums(params: Any, batch: Batch, config: LlamaConfig, train: SimpleTrain
 def make_train_step(config: LlamaConfig, train: SimpleTrainConfig, mesh: Mesh, num_microbatches: int) -> jax.stages.Wrapped:
     """The jitted step `(state, batch) -> (state, metrics)`; the state is donated.
 
-    A step whose loss or gradient is not finite leaves weights and moments as they were and says so in `metrics["finite"]`.
+    A step that `judge_step` finds bad leaves weights and averages as they were. With `train.skip_bad_steps` the run goes on with
+    the next batch and `metrics["optim/skipped_step"]` is 1; else nothing at all changes and `metrics["finite"]` is false.
     """
     optimizer = make_optimizer(train)
 
@@ -113,17 +154,24 @@ def make_train_step(config: LlamaConfig, train: SimpleTrainConfig, mesh: Mesh, n
         sums = loss_sums(params, batch, config, train, mesh)
         return sums.loss, sums
 
-    gradient = jax.grad(loss_and_sums, has_aux=True)
+    def mean_gradient(params: Any, batch: Batch) -> tuple[Any, LossSums]:
+        grads, sums = sum_over_microbatches(jax.grad(loss_and_sums, has_aux=True), params, batch, num_microbatches, mesh)
+        return jax.tree.map(lambda g: g / sums.weight, grads), sums
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, sums = sum_over_microbatches(gradient, state.params, batch, num_microbatches, mesh)
-        grads = jax.tree.map(lambda g: g / sums.weight, grads)
+        grads, sums = mean_gradient(state.params, batch)
         grad_norm = optax.global_norm(grads)
-        finite = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
+        good, recent = judge_step(state.recent, sums.loss / sums.weight, grad_norm, train.bad_step_window)
 
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        updated = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
-        state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+        def sampled_gradient() -> tuple[Any, jax.Array]:
+            gradient, sampled = mean_gradient(state.params, with_sampling_seeds(batch, train.seed, state.step))
+            return gradient, sampled.weight
+
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step, sampled_gradient=sampled_gradient)
+        params = optax.apply_updates(state.params, updates)
+        ema_params = None if train.ema_beta is None else optax.incremental_update(params, state.ema_params, 1 - train.ema_beta)
+        updated = TrainState(state.step + 1, params, opt_state, ema_params, state.recent)
+        after = jax.tree.map(lambda new, old: jnp.where(good, new, old), updated, state)
 
         metrics = {
             "train/loss": sums.loss / sums.weight,
@@ -131,9 +179,13 @@ def make_train_step(config: LlamaConfig, train: SimpleTrainConfig, mesh: Mesh, n
             "train/z_loss": sums.z_loss / sums.weight,
             "train/tokens": sums.weight,
             "grad/norm/total": grad_norm,
-            "finite": finite,
+            "finite": good | train.skip_bad_steps,
+            **clip_metrics(opt_state),
         }
-        return state, metrics
+        if recent is not None:
+            after = after._replace(step=state.step + 1, recent=recent)
+            metrics |= {"optim/skipped_step": ~good, "optim/skipped_steps_in_a_row": recent.skipped}
+        return after, metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings(config, train, mesh), None))
 

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from model import partitioning
+from model.bad_steps import check_skipped_steps
 from model.batch_arithmetic import BatchArithmetic
 from model.batches import BatchLoader
 from model.beginning import begin
@@ -24,9 +25,9 @@ from model.distributed import leaders_word, records_directory
 from model.feed import BatchFeed
 from model.hooks import Hook, make_hooks
 from model.job import TrainingJob
+from model.learning_rate import learning_rate_schedule
 from model.metrics import JsonLines, MetricsLog
 from model.mixture_store import MixtureStore
-from model.optimizer import learning_rate_schedule
 from model.requests import Request, Requests
 from model.speed import Speedometer
 from model.trackers import open_trackers
@@ -145,6 +146,7 @@ class Trainer:
         if not values.pop("finite"):
             self.metrics.sync()
             raise NonFiniteLoss(step, self._what_broke(step, values))
+        check_skipped_steps(step, values, self.job.train)
         self.step = step
         speed = self.speed.step_done(step, self._loading_seconds.pop(step))
         if step % self.job.train.steps_per_log == 0 or step in (1, self.last_step):
