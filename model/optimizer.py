@@ -99,12 +99,8 @@ def _adam_mask(params: Any) -> Any:
 
 
 def _muon_dimensions(params: Any) -> Any:
-    """Which axes of [L, rows, columns] are a matrix's input and output; L is not among them, so layers are apart."""
-
-    def dimensions(path: Any, _: Any) -> optax.contrib.MuonDimensionNumbers:
-        return optax.contrib.MuonDimensionNumbers(*((2, 1) if path[-1].key in TRANSPOSED else (1, 2)))
-
-    return jax.tree_util.tree_map_with_path(dimensions, params)
+    """The last two of [L, rows, columns] are a matrix; L is not, so layers are apart. Which of the two is the input is the same."""
+    return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(1, 2), params)
 
 
 def _adafactor(adafactor: AdafactorConfig) -> optax.GradientTransformation:

@@ -246,3 +246,27 @@ def test_the_same_update_on_eight_devices(name: str) -> None:
 def test_settings_without_effect_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         train_config(**changes)
+
+
+@pytest.mark.oracle
+def test_fifty_steps_of_adamw_are_those_of_torch() -> None:
+    """Warmup, cosine, clipping and the decay mask included; in torch, decayed and other weights are two groups."""
+    torch = pytest.importorskip("torch")
+    train = train_config(num_train_steps=50, warmup=10, lr_schedule="cosine", weight_decay=0.3, max_grad_norm=0.5)
+    final, history = run(train, steps=50)
+    weights = jax.tree.map(lambda x: torch.nn.Parameter(torch.tensor(x)), first_params())
+    leaves, decayed = jax.tree.leaves(weights), jax.tree.leaves(decay_mask(first_params()))
+    groups = [
+        {"params": [leaf for leaf, is_decayed in zip(leaves, decayed, strict=True) if is_decayed is wanted], "weight_decay": decay}
+        for wanted, decay in ((True, 0.3), (False, 0.0))
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+    for step, grads in enumerate(history):
+        rate = step / 10 if step < 10 else 0.9 * 0.5 * (1 + math.cos(math.pi * (step - 10) / 40)) + 0.1
+        for leaf, grad in zip(leaves, jax.tree.leaves(grads), strict=True):
+            leaf.grad = torch.tensor(np.asarray(grad))
+        torch.nn.utils.clip_grad_norm_(leaves, 0.5)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * rate
+        optimizer.step()
+    jax.tree.map(lambda x, weight: np.testing.assert_allclose(x, weight.detach().numpy(), rtol=2e-5, atol=2e-6), final, weights)

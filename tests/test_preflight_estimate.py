@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import pytest
 
 from model.attention_backend import choose_backend
 from model.flops import GIB
+from model.optimizer_config import AdafactorConfig
+from model.parameters import param_shapes
 from model.preflight.estimate import estimate, kept_numbers
 from model.preflight.settings import Job, Setting, replace_train
 from model.presets import JOBS
 from model.slices import slice_named
+from model.train_step import first_state
 
 
 def job(name: str, **train: object) -> Job:
@@ -86,3 +92,24 @@ def test_which_attention() -> None:
     assert choose_backend(model.model_copy(update={"use_flash_attention": False}), 2048, "tpu") == "plain"
     assert choose_backend(model.model_copy(update={"attn_backend": "flash"}), 2048, "tpu") == "flash"
     assert kept_numbers(model, "full") == 2048
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {},
+        {"ema_beta": 0.999, "skip_bad_steps": True},
+        {"optimizer": "muon"},
+        {"optimizer": "lion"},
+        {"optimizer": "adafactor"},
+        {"optimizer": "adafactor", "adafactor": AdafactorConfig(momentum=0.9)},
+        {"optimizer": "sophia", "ema_beta": 0.999},
+    ],
+    ids=str,
+)
+def test_state_is_as_large_as_the_step_makes_it(train: dict[str, Any]) -> None:
+    wanted = job("dclm-1b", **train)
+    state = jax.eval_shape(lambda params: first_state(wanted.train, params), param_shapes(wanted.model))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    made = estimate(wanted, slice_named("v5e-1"), Setting("full", 1, 1, 1, 1))
+    assert made.state_bytes == pytest.approx(size, rel=2e-3)

@@ -20,7 +20,7 @@ from model.slices import Slice
 
 _ICI_EXPOSED = {"v4": 0.15, "v5p": 0.15, "v5e": 0.6, "v6e": 0.6}  # fitted: a plane has no ring left to scatter gradients on
 MEMORY_MARGIN = 1.4  # compiled over estimated memory at worst
-_OPTIMIZER_BYTES = 28  # of a parameter, read and written: weight, two moments, gradient
+_AVERAGES = {"adamw": 2, "muon": 2, "lion": 1, "adafactor": 0, "sophia": 2}  # float32 numbers that are kept beside a weight
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,12 @@ def _numbers(model: LlamaConfig, remat: RematPolicy, tensor: int) -> float:
 
 
 def _state(job: Job, split: int) -> float:
-    return 12 * num_parameters(job.model) / split
+    """Bytes of weights, their averages and those of their gradients; the means that Adafactor keeps are too few to count."""
+    train, model = job.train, job.model
+    averages = _AVERAGES[train.optimizer] + (train.ema_beta is not None)
+    averages += train.optimizer == "adafactor" and train.adafactor.momentum is not None
+    saved = model.num_layers * _layer_parameters(model) if train.optimizer == "muon" else 0.0
+    return 4 * ((1 + averages) * num_parameters(model) - saved) / split
 
 
 def _memory(job: Job, setting: Setting, split: int, tokens_at_once: float) -> float:
@@ -137,7 +142,8 @@ def _hbm_traffic(job: Job, setting: Setting, split: int, tokens: float) -> float
         more = _numbers(model, "none", setting.tensor) - _numbers(model, "save_all", setting.tensor)
         activations += 2 * number * tokens * model.num_layers * more
     head = tokens / model.cross_entropy_block_size * model.hidden_dim * model.padded_vocab_size * 12
-    return weights + activations + head + _OPTIMIZER_BYTES * parameters / split
+    update = 2 * _state(job, split) + 4 * parameters / split  # all of the state is read and written, the gradient read
+    return weights + activations + head + update
 
 
 def _ici_traffic(job: Job, setting: Setting, split: int) -> float:
