@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from model.attention_backend import choose_backend
+from model.attention_backend import attention_window, choose_backend
 from model.config import LlamaConfig
 from model.context_parallel import context_size, restore_order, spread_order
 from model.flash_attention import MASKED, flash_attention
@@ -36,18 +36,20 @@ def attention(
 ) -> jax.Array:
     """Attention output [B, H, S, K] in the queries' dtype; scores and softmax are float32.
 
-    A token attends to itself and to earlier tokens with the same segment id (None: the whole row is one segment).
+    A token attends to itself and to earlier tokens with the same segment id (None: the whole row is one segment), of these to
+    the latest `config.sliding_window`, itself among them.
     Under a mesh whose `context` axis is larger than 1, tokens come and go in the order of `model.context_parallel`.
 
     Raises:
         ValueError: `config.attn_backend` names a form that cannot compute this shape.
     """
-    backend = choose_backend(config, q_BHSK.shape[2], platform_of(mesh))
+    backend, window = choose_backend(config, q_BHSK.shape[2], platform_of(mesh)), attention_window(config, q_BHSK.shape[2])
+    block_size = config.flash_attention_block_size
     if backend == "splash":
-        return splash_attention(q_BHSK, k_BGSK, v_BGSK, segment_ids_BS, mesh, block_size=config.flash_attention_block_size)
-    form = plain_attention
+        return splash_attention(q_BHSK, k_BGSK, v_BGSK, segment_ids_BS, mesh, block_size=block_size, window=window)
+    form = functools.partial(plain_attention, window=window)
     if backend == "flash":
-        form = functools.partial(flash_attention, block_size=config.flash_attention_block_size)
+        form = functools.partial(flash_attention, block_size=block_size, window=window)
     count = context_size(mesh)
     if count == 1:
         return form(q_BHSK, k_BGSK, v_BGSK, segment_ids_BS)
@@ -56,10 +58,14 @@ def attention(
     return spread_order(form(q, k, v, segments), count, axis=2)
 
 
-def plain_attention(q_BHSK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array, segment_ids_BS: jax.Array | None = None) -> jax.Array:
+def plain_attention(
+    q_BHSK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array, segment_ids_BS: jax.Array | None = None, window: int | None = None
+) -> jax.Array:
     """Attention with the whole [B, H, S, S] score matrix in memory; the reference for every other form."""
     seq_len = q_BHSK.shape[2]
     mask = jnp.tril(jnp.ones((seq_len, seq_len), bool))[None]
+    if window is not None:
+        mask = jnp.triu(mask, 1 - window)
     if segment_ids_BS is not None:
         mask = mask & (segment_ids_BS[:, :, None] == segment_ids_BS[:, None, :])
     return masked_attention(q_BHSK, k_BGSK, v_BGSK, mask)

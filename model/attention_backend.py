@@ -36,6 +36,12 @@ def choose_backend(config: LlamaConfig, seq_len: int, platform: str) -> Attentio
     return "flash" if seq_len >= FLASH_MIN_SEQ_LEN and fits["flash"] else "plain"
 
 
+def attention_window(config: LlamaConfig, seq_len: int) -> int | None:
+    """Latest tokens that a token of a sequence of `seq_len` attends to, itself among them; None where that is all of them."""
+    window = config.sliding_window
+    return None if window is None or window >= seq_len else window
+
+
 def attention_block_size(config: LlamaConfig, backend: AttentionBackend, tokens: int, context: int = 1) -> int:
     """Tokens in a block where each of the `context` devices of a sequence has `tokens` of it.
 
@@ -47,22 +53,34 @@ def attention_block_size(config: LlamaConfig, backend: AttentionBackend, tokens:
     return (flash_block_size(tokens * context, wanted) if backend == "flash" else None) or tokens
 
 
-def computed_share(seq_len: int, block_size: int, context: int = 1) -> float:
-    """What the busiest of `context` devices computes of its rows of the square of scores, in whole blocks up to the diagonal: 0.5 to 1.
+def computed_share(seq_len: int, block_size: int, context: int = 1, window: int | None = None) -> float:
+    """What the busiest of `context` devices computes of its rows of the square of scores, in whole blocks from the window to the diagonal.
 
-    Devices have the tokens that `model.context_parallel` gives them. Where blocks divide the pieces it is (n + 1) / 2n on each
-    device, for n = seq_len / block_size. A block with tokens of two pieces computes what the later of them needs; so a device
-    whose tokens are one such block computes whole rows of the square if it has the last piece.
+    Devices have the tokens that `model.context_parallel` gives them. Without a window, where blocks divide the pieces, it is
+    (n + 1) / 2n on each device, for n = seq_len / block_size: 0.5 to 1. A block with tokens of two pieces computes what each of them
+    needs, which without a window is what the later one needs; so a device whose tokens are one such block computes whole rows of the
+    square if it has the last piece.
 
     Args:
         block_size: a divisor of seq_len / context.
+        window: latest tokens that a token attends to; None for all.
     """
-    piece = seq_len / (2 * context)
-    rows, early_rows = seq_len // (context * block_size), piece // block_size
+    piece, rows = seq_len / (2 * context), seq_len // (context * block_size)
+
+    def key_blocks(row: int, device: int) -> int:
+        """Blocks of keys that a block of a device's queries needs: those of its tokens in the early piece, and in the late one."""
+        needed: list[range] = []
+        for half, place in enumerate((device, 2 * context - 1 - device)):
+            start, end = max(row * block_size, half * piece), min((row + 1) * block_size, (half + 1) * piece)
+            if start < end:
+                moved = (place - half) * piece
+                first = 0.0 if window is None else max(start + moved - (window - 1), 0.0)
+                needed.append(range(int(first // block_size), math.ceil((end + moved) / block_size)))
+        early, late = needed[0], needed[-1]
+        return len(late) if len(needed) == 1 else len(early) + len(late) - max(early.stop - late.start, 0)
 
     def blocks(device: int) -> int:
-        ends = ((device if row < early_rows else 2 * context - 2 - device) * piece + (row + 1) * block_size for row in range(rows))
-        return sum(math.ceil(end / block_size) for end in ends)
+        return sum(key_blocks(row, device) for row in range(rows))
 
     return max(map(blocks, range(context))) * block_size / seq_len / rows
 

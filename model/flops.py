@@ -3,13 +3,14 @@
 Two conventions for MFU (model FLOPs utilisation) are in use and differ by the attention term only:
     causal           a causal mask needs half of the attention square (MaxText since 2025); this project's `mfu`
     full attention   the whole square is counted (PaLM's appendix B, Levanter, older MaxText); `mfu_full_attention`
+Under a sliding window both count the band of the square that is inside the window: W columns of S, causal less the corner above them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from model.attention_backend import attention_block_size, computed_share
+from model.attention_backend import attention_block_size, attention_window, computed_share
 from model.config import AttentionBackend, LlamaConfig, RematPolicy
 
 GIB = 2**30
@@ -56,19 +57,30 @@ def chip_of(device_kind: str) -> Chip | None:
 def num_parameters(config: LlamaConfig) -> int:
     """Weights of the model, embedding and head included. `config.vocab_size` must be set."""
     width, heads = config.hidden_dim, config.num_heads + config.num_kv_heads
-    layer = 2 * width * heads * config.head_size + 3 * width * config.intermediate_dim + 2 * width
+    matrices = 2 * width * heads * config.head_size + 3 * width * config.intermediate_dim
     tables = _vocab_size(config) * width * (1 if config.tie_word_embeddings else 2)
-    return config.num_layers * layer + tables + width
+    layer_norms = 2 * width * (2 if config.hybrid_norm else 1) + (2 * config.head_size if config.qk_norm else 0)
+    norms = config.num_layers * layer_norms + width * (2 if config.input_embedding_norm else 1)
+    return config.num_layers * (matrices + _biases(config)) + tables + (norms if config.use_layer_norm_weight else 0)
+
+
+def _biases(config: LlamaConfig) -> int:
+    """Those of one layer."""
+    qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_size if config.attention_bias else 0
+    output = config.hidden_dim if config.attention_bias is True else 0
+    return qkv + output + (2 * config.intermediate_dim + config.hidden_dim if config.mlp_bias else 0)
 
 
 def train_flops_per_token(config: LlamaConfig, seq_len: int, *, full_attention: bool = False) -> float:
     """Model FLOPs to train on one token: three times the forward matmuls (PaLM, appendix B).
 
-    Attention is counted at half the square, as a causal mask needs, unless `full_attention` (Levanter's convention).
+    Attention is counted at half the square, as a causal mask needs, unless `full_attention` (Levanter's convention). A sliding
+    window of W of S tokens leaves W/S - (W/S)^2 / 2 of the square, and W/S by the other convention.
     The embedding lookup is no matmul and counts nothing; recomputation is not model work.
     """
     layer = _LayerFlops.of(config, seq_len)
-    attention = layer.attention * (1.0 if full_attention else 0.5)
+    band = (attention_window(config, seq_len) or seq_len) / seq_len
+    attention = layer.attention * (band if full_attention else band - band**2 / 2)
     head = 2.0 * config.hidden_dim * _vocab_size(config)  # tied weights are multiplied all the same
     return 3.0 * (config.num_layers * (layer.linear + attention) + head)
 
@@ -88,9 +100,9 @@ def executed_flops_per_token(
         projection never is: nothing in the backward pass reads its output. `save_all` keeps q, k, v, the attention's
         output, gate and up, so it repeats the output projection alone.
     attention: "plain" runs the whole square, forward two matmuls and backward four, and repeats the scores wherever a policy
-        drops them. "splash" skips blocks above the diagonal but runs whole blocks on it; its dq and dkv kernels each recompute
-        the scores: seven backward matmuls. "flash" skips the same blocks and does both in one pass: five (FlashAttention-2,
-        Dao 2023).
+        drops them. "splash" skips blocks above the diagonal and before the window but runs whole blocks on their borders; its dq
+        and dkv kernels each recompute the scores: seven backward matmuls. "flash" skips the same blocks and does both in one pass:
+        five (FlashAttention-2, Dao 2023).
     context: chips that one sequence is split over, of which the busiest is counted (`computed_share`). Under splash they share
         the work; the other forms are not split along the sequence: every chip does all of it.
     block_size: tokens in a block of splash or flash, a divisor of a chip's; None: those that the model takes.
@@ -99,11 +111,11 @@ def executed_flops_per_token(
     embedding and the optimizer are no matmuls and count nothing: below 1 % at real widths.
     """
     layer = _LayerFlops.of(config, seq_len)
-    block = block_size or attention_block_size(config, attention, seq_len // context, context)
+    block, window = block_size or attention_block_size(config, attention, seq_len // context, context), attention_window(config, seq_len)
     if attention == "splash":
-        square = layer.attention * computed_share(seq_len, block, context)
+        square = layer.attention * computed_share(seq_len, block, context, window)
     else:
-        square = layer.attention * context * (1.0 if attention == "plain" else computed_share(seq_len, block))
+        square = layer.attention * context * (1.0 if attention == "plain" else computed_share(seq_len, block, window=window))
     backward = {"plain": 2.0, "flash": 2.5, "splash": 3.5}[attention]  # in units of the two forward matmuls
     repeated = {
         "none": 0.0,

@@ -21,9 +21,10 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from model.attention import attention, masked_attention
+from model.attention_backend import attention_window
 from model.config import LlamaConfig
 from model.linear import Precision
-from model.llama import decoder_layer, embed_tokens, rms_norm, unembed
+from model.llama import decoder_layer, embed_tokens, final_norm, unembed
 from model.parameters import Params
 from model.partitioning import constrain
 from model.rope import rope_tables
@@ -148,7 +149,7 @@ def _prefill(settings: _Settings, params: Params, prompts_BP: jax.Array, padding
     def layer_step(x_BPD: jax.Array, layer: Params) -> tuple[jax.Array, Cache]:
         return decoder_layer(x_BPD, layer, rope, attend, config, Precision(settings.compute_dtype))
 
-    x_BPD, cache = jax.lax.scan(layer_step, embed_tokens(params, prompts_BP, settings.compute_dtype), params["layers"])
+    x_BPD, cache = jax.lax.scan(layer_step, embed_tokens(params, prompts_BP, config, settings.compute_dtype), params["layers"])
     room = [(0, 0), (0, 0), (0, 0), (0, settings.max_new_tokens), (0, 0)]
     keys_LBGTK, values_LBGTK = (jnp.pad(part, room) for part in cache)
     return _last_logits(settings, params, x_BPD[:, -1:]), (keys_LBGTK, values_LBGTK)
@@ -161,7 +162,10 @@ def _decode(
     config = settings.config
     rope = rope_tables((slot - padding_B)[:, None], config)
     slots = jnp.arange(cache[0].shape[3])
-    mask_BST = ((slots >= padding_B[:, None]) & (slots <= slot))[:, None]
+    seen_BT = (slots >= padding_B[:, None]) & (slots <= slot)
+    if (window := attention_window(config, len(slots))) is not None:
+        seen_BT &= slots > slot - window  # a row's padding moves all of its tokens alike, so slots are as far apart as positions
+    mask_BST = seen_BT[:, None]
 
     def layer_step(x_B1D: jax.Array, layer_and_cache: tuple[Params, Cache]) -> tuple[jax.Array, Cache]:
         layer, (keys_BGTK, values_BGTK) = layer_and_cache
@@ -173,13 +177,13 @@ def _decode(
 
         return decoder_layer(x_B1D, layer, rope, attend, config, Precision(settings.compute_dtype))
 
-    x_B1D = embed_tokens(params, tokens_B[:, None], settings.compute_dtype)
+    x_B1D = embed_tokens(params, tokens_B[:, None], config, settings.compute_dtype)
     x_B1D, cache = jax.lax.scan(layer_step, x_B1D, (params["layers"], cache))
     return _last_logits(settings, params, x_B1D), cache
 
 
 def _last_logits(settings: _Settings, params: Params, x_B1D: jax.Array) -> jax.Array:
-    logits_BV = unembed(params, rms_norm(x_B1D, params["norm"], settings.config.layer_norm_epsilon), settings.config)[:, 0]
+    logits_BV = unembed(params, final_norm(params, x_B1D, settings.config), settings.config)[:, 0]
     if settings.num_ids is None:
         return logits_BV
     return jnp.where(jnp.arange(logits_BV.shape[-1]) < settings.num_ids, logits_BV, -jnp.inf)

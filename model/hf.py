@@ -3,8 +3,7 @@
     save_hf("out/hf", config, params, tokenizer="tokenizer.model")
     config, params = load_hf("out/hf")
 
-Hugging Face stores matrices as [out, in] and layer by layer; ours are stacked and most are [in, out]. Nothing else changes, so a
-float32 export comes back bit for bit.
+It is a Llama, Mistral, Qwen 2 or Qwen 3 there, by what it has (`model.hf_architectures`). A float32 export comes back bit for bit.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import ml_dtypes
@@ -23,6 +22,7 @@ from safetensors.numpy import save
 from model.config import LlamaConfig
 from model.durable import durable_file, remove_temporaries, write_json
 from model.hf_config import SpecialIds, from_hf, to_hf
+from model.hf_tensors import Tensor, hf_tensors
 from model.hf_tokenizer import HfTokenizer
 from model.parameters import Params, param_shapes
 
@@ -30,35 +30,6 @@ CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "mod
 
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 _READABLE_DTYPES = ("F64", "F32", "F16", "BF16")  # names in the safetensors header
-_LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "mlp_norm": "post_attention_layernorm",
-    "wq": "self_attn.q_proj",
-    "wk": "self_attn.k_proj",
-    "wv": "self_attn.v_proj",
-    "wo": "self_attn.o_proj",
-    "w_gate": "mlp.gate_proj",
-    "w_up": "mlp.up_proj",
-    "w_down": "mlp.down_proj",
-}
-
-_STORED_ALIKE = {"w_gate", "w_up"}  # [out, in] here too
-
-
-class _Tensor(NamedTuple):
-    """Where one tensor of the Hugging Face state lives in the parameter tree."""
-
-    name: str
-    layer: int | None
-    shape: tuple[int, ...]  # as Hugging Face stores it
-    transposed: bool
-
-    def view(self, params: Params) -> Any:
-        """Its part of the tree, in our orientation, without the padding of the vocabulary."""
-        if self.layer is not None:
-            return params["layers"][self.name][self.layer]
-        rows, *columns = self.shape[::-1] if self.transposed else self.shape
-        return params[self.name][(slice(rows), *map(slice, columns))]
 
 
 def save_hf(
@@ -89,9 +60,9 @@ def save_hf(
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype={dtype!r}: use one of {', '.join(_DTYPES)}")
-    tensors = _tensors(config)
+    tensors = hf_tensors(config)
     _check_params(config, params)
-    assert config.vocab_size is not None  # `_tensors` needed it
+    assert config.vocab_size is not None  # `hf_tensors` needed it
     exported = None if tokenizer is None else HfTokenizer(tokenizer, vocab_size=config.vocab_size, seq_len=config.seq_len)
     special = SpecialIds() if exported is None else exported.special
     described = to_hf(config, dtype=dtype, special=special)
@@ -101,7 +72,7 @@ def save_hf(
     directory.mkdir(parents=True, exist_ok=True)
     _remove_earlier_export(directory)
     for file_name, names in shards.items():
-        arrays = {name: _to_hf_array(tensors[name], params, _DTYPES[dtype]) for name in names}
+        arrays = {name: tensors[name].stored(params, _DTYPES[dtype]) for name in names}
         with durable_file(directory / file_name) as file:
             file.write(save(arrays, metadata={"format": "pt"}))
     if len(shards) > 1:
@@ -115,18 +86,18 @@ def save_hf(
 
 
 def load_hf(path: Path | str) -> tuple[LlamaConfig, Params]:
-    """Reads a Llama saved by `save_hf` or by transformers.
+    """Reads a Llama, Mistral, Qwen 2 or Qwen 3 saved by `save_hf` or by transformers.
 
     Returns:
         The configuration, its runtime switches at their defaults, and the parameters as float32 numpy arrays.
 
     Raises:
-        ValueError: the directory is incomplete or damaged, is not a plain Llama, or has missing or unexpected tensors
+        ValueError: the directory is incomplete or damaged, is another model, or has missing or unexpected tensors
             or shapes; the message names the key and what to do.
     """
     directory = Path(path)
     config = from_hf(_read_json(directory / CONFIG_FILE), str(directory / CONFIG_FILE))
-    tensors = _tensors(config)
+    tensors = hf_tensors(config)
     params = jax.tree.map(lambda array: np.zeros(array.shape, np.float32), param_shapes(config))
     found: set[str] = set()
     for file_name, listed in _weight_files(directory).items():
@@ -153,30 +124,6 @@ def load_hf(path: Path | str) -> tuple[LlamaConfig, Params]:
     return config, params
 
 
-def _tensors(config: LlamaConfig) -> dict[str, _Tensor]:
-    """Every tensor of the Hugging Face state by its name."""
-    shapes = param_shapes(config)
-    assert config.vocab_size is not None  # `param_shapes` needed it
-    vocabulary = (config.vocab_size, config.hidden_dim)
-    table = {
-        "model.embed_tokens.weight": _Tensor("embed", None, vocabulary, False),
-        "model.norm.weight": _Tensor("norm", None, shapes["norm"].shape, False),
-    }
-    if not config.tie_word_embeddings:
-        table["lm_head.weight"] = _Tensor("head", None, vocabulary, True)
-    for layer in range(config.num_layers):
-        for ours, theirs in _LAYER_NAMES.items():
-            shape = shapes["layers"][ours].shape[1:]
-            transposed = len(shape) == 2 and ours not in _STORED_ALIKE
-            table[f"model.layers.{layer}.{theirs}.weight"] = _Tensor(ours, layer, shape[::-1] if transposed else shape, transposed)
-    return table
-
-
-def _to_hf_array(tensor: _Tensor, params: Params, dtype: np.dtype[Any]) -> np.ndarray:
-    array = np.asarray(tensor.view(params))
-    return np.ascontiguousarray(array.T if tensor.transposed else array, dtype=dtype)
-
-
 def _check_params(config: LlamaConfig, params: Params) -> None:
     expected = {jax.tree_util.keystr(key): array.shape for key, array in jax.tree_util.tree_leaves_with_path(param_shapes(config))}
     given = {jax.tree_util.keystr(key): np.shape(array) for key, array in jax.tree_util.tree_leaves_with_path(params)}
@@ -188,7 +135,7 @@ def _check_params(config: LlamaConfig, params: Params) -> None:
             )
 
 
-def _plan_shards(tensors: dict[str, _Tensor], max_shard_bytes: int, itemsize: int) -> dict[str, list[str]]:
+def _plan_shards(tensors: dict[str, Tensor], max_shard_bytes: int, itemsize: int) -> dict[str, list[str]]:
     """File name -> tensors, in order, each file at most `max_shard_bytes` unless one tensor alone is larger."""
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes={max_shard_bytes}: use a positive number of bytes")

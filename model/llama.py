@@ -3,7 +3,7 @@
     params = init_params(config, jax.random.key(0))
     logits = forward(params, tokens, config)
 
-Pre-norm RMSNorm, rotary positions, grouped-query attention, SwiGLU. Where arrays live is said in logical axis names and
+Pre-norm RMSNorm, rotary positions, grouped-query attention, a gated feed-forward layer. Where arrays live is said in logical axis names and
 decided by `model.partitioning`; what the parameters are, in `model.parameters`.
 
 Shape suffixes: B batch, S sequence, D hidden width, H query heads, G key/value heads, K head width, F feed-forward width,
@@ -12,6 +12,7 @@ V vocabulary, L layers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from model.attention import attention
-from model.config import LlamaConfig
+from model.config import Activation, LlamaConfig
 from model.linear import FLOAT32, Precision, linear
 from model.parameters import Params, init_params, logical_axes, param_shapes
 from model.partitioning import constrain
@@ -33,6 +34,7 @@ __all__ = [
     "Params",
     "decoder_layer",
     "embed_tokens",
+    "final_norm",
     "forward",
     "hidden_states",
     "init_params",
@@ -45,6 +47,16 @@ __all__ = [
 
 # From q [B, H, S, K] and k, v [B, G, S, K], after rotation, to the output [B, H, S, K] and any state to hand on.
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+# By transformers' names, where `gelu_new` is the approximation by tanh (Hendrycks & Gimpel 2016) and `quick_gelu` that by a sigmoid.
+_ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "tanh": jnp.tanh,
+}
 
 
 def forward(
@@ -95,24 +107,30 @@ def hidden_states(
         return decoder_layer(x_BSD, layer, rope, attend, config, precision, mesh)
 
     layer_step = rematerialised(layer_step, config.remat, scanned=config.scan_layers)
-    x_BSD = embed_tokens(params, tokens, precision.compute, mesh)
+    x_BSD = embed_tokens(params, tokens, config, precision.compute, mesh)
     if config.scan_layers:
         x_BSD, _ = jax.lax.scan(layer_step, x_BSD, params["layers"])
     else:
         for index in range(config.num_layers):
             x_BSD, _ = layer_step(x_BSD, jax.tree.map(lambda stacked, index=index: stacked[index], params["layers"]))
-    return rms_norm(x_BSD, params["norm"], config.layer_norm_epsilon)
+    return final_norm(params, x_BSD, config)
 
 
-def embed_tokens(params: Params, tokens_BS: jax.Array, dtype: DTypeLike, mesh: Mesh | None = None) -> jax.Array:
-    """Embedding rows [B, S, D] in `dtype`.
+def embed_tokens(params: Params, tokens_BS: jax.Array, config: LlamaConfig, dtype: DTypeLike, mesh: Mesh | None = None) -> jax.Array:
+    """Embedding rows [B, S, D] in `dtype`, normalised where `input_embedding_norm` asks for it.
 
     The lookup is in float32, so that the gradient of a frequent token is summed in float32 too. On a mesh each device
     first looks up its own columns for every token of its replica, which keeps table and gradient split.
     """
     tokens_BS = constrain(jnp.asarray(tokens_BS), ("replica", None), mesh)
     x_BSD = constrain(jnp.asarray(params["embed"])[tokens_BS], ("replica", None, "embed"), mesh)
-    return constrain(x_BSD.astype(dtype), ("batch", "sequence", None), mesh)
+    x_BSD = constrain(x_BSD.astype(dtype), ("batch", "sequence", None), mesh)
+    return rms_norm(x_BSD, params.get("embed_norm"), config.layer_norm_epsilon) if config.input_embedding_norm else x_BSD
+
+
+def final_norm(params: Params, x_BSD: jax.Array, config: LlamaConfig) -> jax.Array:
+    """The norm between the last layer and the head."""
+    return rms_norm(x_BSD, params.get("norm"), config.layer_norm_epsilon)
 
 
 def output_head(params: Params) -> jax.Array:
@@ -128,11 +146,12 @@ def unembed(params: Params, x_BSD: jax.Array, config: LlamaConfig) -> jax.Array:
     return logits_BSV if cap is None else cap * jnp.tanh(logits_BSV / cap)
 
 
-def rms_norm(x_BSD: jax.Array, weight_D: jax.Array, epsilon: float) -> jax.Array:
-    """RMSNorm (Zhang & Sennrich 2019) over the last axis, float32 inside, the input's dtype out."""
+def rms_norm(x_BSD: jax.Array, weight_D: jax.Array | None, epsilon: float) -> jax.Array:
+    """RMSNorm (Zhang & Sennrich 2019) over the last axis, float32 inside, the input's dtype out; without a weight it only divides."""
     x = x_BSD.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
-    return (x * scale * weight_D).astype(x_BSD.dtype)
+    normalised = x * scale if weight_D is None else x * scale * weight_D
+    return normalised.astype(x_BSD.dtype)
 
 
 def decoder_layer(
@@ -144,7 +163,7 @@ def decoder_layer(
     precision: Precision,
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, Any]:
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x)).
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)); with `hybrid_norm`, x + norm(attention(norm(x))) and so on.
 
     Args:
         layer: one layer's slice of `params["layers"]`.
@@ -155,11 +174,17 @@ def decoder_layer(
     Returns:
         The new [B, S, D], and the state that `attend` returned.
     """
-    h_BSD = rms_norm(x_BSD, layer["attn_norm"], config.layer_norm_epsilon)
-    update, state = _attention_block(h_BSD, layer, rope, attend, config, precision, mesh)
-    x_BSD = constrain(x_BSD + update, ("batch", "sequence", None), mesh)
-    h_BSD = rms_norm(x_BSD, layer["mlp_norm"], config.layer_norm_epsilon)
-    return constrain(x_BSD + _mlp_block(h_BSD, layer, precision, mesh), ("batch", "sequence", None), mesh), state
+
+    def added(x_BSD: jax.Array, update_BSD: jax.Array, norm: str) -> jax.Array:
+        if config.hybrid_norm:
+            update_BSD = rms_norm(update_BSD, layer.get(norm), config.layer_norm_epsilon)
+        return constrain(x_BSD + update_BSD, ("batch", "sequence", None), mesh)
+
+    h_BSD = rms_norm(x_BSD, layer.get("attn_norm"), config.layer_norm_epsilon)
+    update_BSD, state = _attention_block(h_BSD, layer, rope, attend, config, precision, mesh)
+    x_BSD = added(x_BSD, update_BSD, "attn_out_norm")
+    h_BSD = rms_norm(x_BSD, layer.get("mlp_norm"), config.layer_norm_epsilon)
+    return added(x_BSD, _mlp_block(h_BSD, layer, config, precision, mesh), "mlp_out_norm"), state
 
 
 def _attention_block(
@@ -174,21 +199,33 @@ def _attention_block(
     width, size = config.hidden_dim, config.head_size
 
     def heads(name: str, axis: str) -> jax.Array:
-        projected = linear("bsd,dhk->bhsk", h_BSD, layer[name], ("embed", axis), (width, -1, size), precision, mesh)
+        projected = linear("bsd,dhk->bhsk", h_BSD, layer[f"w{name}"], ("embed", axis), (width, -1, size), precision, mesh)
+        projected = _biased(projected, layer.get(f"b{name}"), (-1, 1, size))
         return constrain(checkpoint_name(projected, "qkv"), ("batch", axis, "sequence", None), mesh)
 
-    q_BHSK, k_BGSK, v_BGSK = heads("wq", "heads"), heads("wk", "kv"), heads("wv", "kv")
-    output_BHSK, state = attend(apply_rope(q_BHSK, rope), apply_rope(k_BGSK, rope), v_BGSK)
+    def turned(x: jax.Array, norm: str) -> jax.Array:
+        return apply_rope(rms_norm(x, layer.get(norm), config.layer_norm_epsilon) if config.qk_norm else x, rope)
+
+    q_BHSK, k_BGSK, v_BGSK = heads("q", "heads"), heads("k", "kv"), heads("v", "kv")
+    output_BHSK, state = attend(turned(q_BHSK, "q_norm"), turned(k_BGSK, "k_norm"), v_BGSK)
     output_BHSK = checkpoint_name(output_BHSK, "attn_out")
-    return linear("bhsk,hkd->bsd", output_BHSK, layer["wo"], ("heads_fsdp", None), (-1, size, width), precision, mesh), state
+    output_BSD = linear("bhsk,hkd->bsd", output_BHSK, layer["wo"], ("heads_fsdp", None), (-1, size, width), precision, mesh)
+    return _biased(output_BSD, layer.get("bo")), state
 
 
-def _mlp_block(h_BSD: jax.Array, layer: Params, precision: Precision, mesh: Mesh | None) -> jax.Array:
+def _mlp_block(h_BSD: jax.Array, layer: Params, config: LlamaConfig, precision: Precision, mesh: Mesh | None) -> jax.Array:
     intermediate, width = layer["w_gate"].shape
 
     def widened(name: str) -> jax.Array:
-        return linear("bsd,fd->bsf", h_BSD, layer[name], ("mlp_fsdp", None), (intermediate, width), precision, mesh)
+        projected = linear("bsd,fd->bsf", h_BSD, layer[f"w_{name}"], ("mlp_fsdp", None), (intermediate, width), precision, mesh)
+        return checkpoint_name(_biased(projected, layer.get(f"b_{name}")), f"mlp_{name}")
 
-    gate_BSF, up_BSF = checkpoint_name(widened("w_gate"), "mlp_gate"), checkpoint_name(widened("w_up"), "mlp_up")
-    activation_BSF = constrain(jax.nn.silu(gate_BSF) * up_BSF, ("batch", "sequence", "mlp"), mesh)
-    return linear("bsf,fd->bsd", activation_BSF, layer["w_down"], ("mlp_fsdp", None), (intermediate, width), precision, mesh)
+    gate_BSF, up_BSF = widened("gate"), widened("up")
+    activation_BSF = constrain(_ACTIVATIONS[config.activation_function](gate_BSF) * up_BSF, ("batch", "sequence", "mlp"), mesh)
+    output_BSD = linear("bsf,fd->bsd", activation_BSF, layer["w_down"], ("mlp_fsdp", None), (intermediate, width), precision, mesh)
+    return _biased(output_BSD, layer.get("b_down"))
+
+
+def _biased(x: jax.Array, bias: jax.Array | None, shape: tuple[int, ...] = (-1,)) -> jax.Array:
+    """`x` plus a float32 bias read as `shape`, in the dtype of `x`; added in float32, so that its gradient is summed in float32 too."""
+    return x if bias is None else (x.astype(jnp.float32) + bias.reshape(shape)).astype(x.dtype)

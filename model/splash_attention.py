@@ -1,8 +1,8 @@
 """Attention on TPU: the Pallas "splash" kernel that comes with JAX, one call a chip.
 
-Scores never leave the chip's fast memory, and blocks above the diagonal are skipped. The compiler cannot split a kernel
-over chips by itself, so the split is said here: batch and heads are independent; along the sequence each chip has its own
-queries and gathers the keys and values of the whole row.
+Scores never leave the chip's fast memory, and blocks above the diagonal or before the window are skipped. The compiler cannot
+split a kernel over chips by itself, so the split is said here: batch and heads are independent; along the sequence each chip has its
+own queries and gathers the keys and values of the whole row.
 
 Shape suffixes: B batch, H query heads, G key/value heads, S sequence, K head width.
 """
@@ -34,6 +34,7 @@ def splash_attention(
     mesh: Mesh | None = None,
     *,
     block_size: int | None = None,
+    window: int | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Causal attention within segments, [B, H, S, K] in the queries' dtype.
@@ -45,6 +46,7 @@ def splash_attention(
         segment_ids_BS: int32, or None for one segment a row.
         mesh: batch, heads and sequence are split over it by the logical rules.
         block_size: tokens in a block, fewer where it does not divide what a chip has; None takes the table's.
+        window: latest tokens that a token attends to, itself among them; None for all.
         interpret: compute the kernel with ordinary operations, on any device.
 
     Raises:
@@ -54,7 +56,7 @@ def splash_attention(
     q_BHSK = (q_BHSK.astype(jnp.float32) / math.sqrt(q_BHSK.shape[-1])).astype(q_BHSK.dtype)
     if segment_ids_BS is None:
         segment_ids_BS = jnp.zeros((q_BHSK.shape[0], q_BHSK.shape[2]), jnp.int32)
-    kernel = _kernel(q_BHSK.shape[1], q_BHSK.shape[2], q_BHSK.shape[3], shards, block_size, interpret)
+    kernel = _kernel(q_BHSK.shape[1], q_BHSK.shape[2], q_BHSK.shape[3], shards, block_size, interpret, window)
     if mesh is None:
         return _local(kernel, q_BHSK, k_BGSK, v_BGSK, segment_ids_BS, segment_ids_BS, shards=1)
 
@@ -91,7 +93,7 @@ def _local(
 
 
 def _kernel(
-    num_heads: int, seq_len: int, head_size: int, shards: int, block_size: int | None, interpret: bool
+    num_heads: int, seq_len: int, head_size: int, shards: int, block_size: int | None, interpret: bool, window: int | None = None
 ) -> splash.SplashAttentionKernel:
     local = seq_len // shards
     block = splash_block_size(local, head_size, block_size, shards)
@@ -100,7 +102,8 @@ def _kernel(
             f"{local} tokens a chip (sequence {seq_len} over train.context_parallel_size={shards}) are no multiple of {SPLASH_MIN_BLOCK}: "
             f"change the sequence length or use model.attn_backend='plain'"
         )
-    mask = masks.CausalMask((seq_len, seq_len))
+    shape = (seq_len, seq_len)
+    mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, window_size=(window - 1, 0), offset=0)
     # What position each query has in its row: the kernel masks by it, so queries may stand in any order.
     mask.q_sequence = spread_order(np.arange(seq_len, dtype=np.int32), shards, axis=0)
     return splash.make_splash_mha(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from model import hf_config
+from model import hf_architectures
 from model.batch_arithmetic import BatchArithmetic, check_tensor_split
 from model.config import LlamaConfig
 from model.flops import num_parameters, train_flops_per_token
@@ -127,7 +127,7 @@ def check_run(config: RunConfig, root: Path) -> None:
         ValueError, OSError: naming the field or place, its value, and what to do.
     """
     check_sources(config.data)
-    if (why := not_exportable(config.data.tokenizer) or hf_config.not_exportable(config.model)) is not None:
+    if (why := not_exportable(config.data.tokenizer) or hf_architectures.not_exportable(config.model)) is not None:
         raise ValueError(f"the model could not be exported: {why}")
     check_trackers(config.track)
     model = config.model.with_vocab(vocabulary_size(config.data.tokenizer))

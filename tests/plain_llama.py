@@ -16,7 +16,7 @@ from model.config import LlamaConfig
 
 def loss_terms(params: Any, batch: Mapping[str, Any], config: LlamaConfig, z_loss_weight: float) -> dict[str, jax.Array]:
     """Means over the tokens that count: `loss` and the two terms it is the sum of; and how many tokens count, `weight`."""
-    logits_BSV = _logits(params, batch, config)
+    logits_BSV = plain_logits(params, batch, config)
     lse_BS = jax.nn.logsumexp(logits_BSV, axis=-1)
     picked_BS = jnp.take_along_axis(logits_BSV, jnp.asarray(batch["targets"])[..., None], axis=-1)[..., 0]
     weights_BS = jnp.asarray(batch["loss_weights"])
@@ -26,31 +26,50 @@ def loss_terms(params: Any, batch: Mapping[str, Any], config: LlamaConfig, z_los
     return {"loss": cross_entropy + z_loss, "cross_entropy": cross_entropy, "z_loss": z_loss, "weight": weight}
 
 
-def _logits(params: Any, batch: Mapping[str, Any], config: LlamaConfig) -> jax.Array:
-    def norm(x: jax.Array, weight: jax.Array) -> jax.Array:
-        return x / jnp.sqrt((x**2).mean(-1, keepdims=True) + config.layer_norm_epsilon) * weight
-
-    def heads(x_BSD: jax.Array, weight: jax.Array, *, turned: bool) -> jax.Array:
-        x_BSHK = (x_BSD @ weight).reshape(*x_BSD.shape[:2], -1, config.head_size)
-        x_BSHK = _turned(x_BSHK, batch["positions"], config.rope.theta) if turned else x_BSHK
-        return jnp.repeat(x_BSHK, config.num_heads // x_BSHK.shape[2], axis=2)
-
+def plain_logits(params: Any, batch: Mapping[str, Any], config: LlamaConfig) -> jax.Array:
+    """Logits [B, S, V] of the vocabulary without its padding; of rotary embeddings the plain one, of activations silu and relu."""
     segments_BS = jnp.asarray(batch["segment_ids"])
-    seen_BST = (segments_BS[:, :, None] == segments_BS[:, None]) & jnp.tri(segments_BS.shape[1], dtype=bool)
+    count = segments_BS.shape[1]
+    distance_ST = jnp.arange(count)[:, None] - jnp.arange(count)
+    seen_BST = (segments_BS[:, :, None] == segments_BS[:, None]) & (distance_ST >= 0) & (distance_ST < (config.sliding_window or count))
     x_BSD = params["embed"][batch["tokens"]]
+    if config.input_embedding_norm:
+        x_BSD = _norm(x_BSD, params, "embed_norm", config)
     for index in range(config.num_layers):
         w = {name: stacked[index] for name, stacked in params["layers"].items()}
-        h = norm(x_BSD, w["attn_norm"])
-        q, k, v = heads(h, w["wq"], turned=True), heads(h, w["wk"], turned=True), heads(h, w["wv"], turned=False)
-        scores_BHST = jnp.einsum("bshk,bthk->bhst", q, k) / jnp.sqrt(config.head_size)
-        probabilities_BHST = jax.nn.softmax(jnp.where(seen_BST[:, None], scores_BHST, -jnp.inf), axis=-1)
-        x_BSD = x_BSD + jnp.einsum("bhst,bthk->bshk", probabilities_BHST, v).reshape(*h.shape[:2], -1) @ w["wo"]
-        h = norm(x_BSD, w["mlp_norm"])
-        x_BSD = x_BSD + (jax.nn.silu(h @ w["w_gate"].T) * (h @ w["w_up"].T)) @ w["w_down"]
+        update_BSD = _attention(_norm(x_BSD, w, "attn_norm", config), w, seen_BST, batch["positions"], config)
+        x_BSD = x_BSD + (_norm(update_BSD, w, "attn_out_norm", config) if config.hybrid_norm else update_BSD)
+        update_BSD = _feed_forward(_norm(x_BSD, w, "mlp_norm", config), w, config)
+        x_BSD = x_BSD + (_norm(update_BSD, w, "mlp_out_norm", config) if config.hybrid_norm else update_BSD)
     head_DV = (params["embed"].T if config.tie_word_embeddings else params["head"])[:, : config.vocab_size]
-    logits_BSV = norm(x_BSD, params["norm"]) @ head_DV
+    logits_BSV = _norm(x_BSD, params, "norm", config) @ head_DV
     cap = config.logit_soft_cap
     return logits_BSV if cap is None else cap * jnp.tanh(logits_BSV / cap)
+
+
+def _norm(x: jax.Array, weights: Any, name: str, config: LlamaConfig) -> jax.Array:
+    divided = x / jnp.sqrt((x**2).mean(-1, keepdims=True) + config.layer_norm_epsilon)
+    return divided * weights[name] if config.use_layer_norm_weight else divided
+
+
+def _attention(h_BSD: jax.Array, w: Any, seen_BST: jax.Array, positions_BS: Any, config: LlamaConfig) -> jax.Array:
+    def heads(name: str) -> jax.Array:
+        x_BSHK = (h_BSD @ w[f"w{name}"] + w.get(f"b{name}", 0.0)).reshape(*h_BSD.shape[:2], -1, config.head_size)
+        if config.qk_norm and name != "v":
+            x_BSHK = _norm(x_BSHK, w, f"{name}_norm", config)
+        x_BSHK = x_BSHK if name == "v" else _turned(x_BSHK, positions_BS, config.rope.theta)
+        return jnp.repeat(x_BSHK, config.num_heads // x_BSHK.shape[2], axis=2)
+
+    scores_BHST = jnp.einsum("bshk,bthk->bhst", heads("q"), heads("k")) / jnp.sqrt(config.head_size)
+    probabilities_BHST = jax.nn.softmax(jnp.where(seen_BST[:, None], scores_BHST, -jnp.inf), axis=-1)
+    output_BSHK = jnp.einsum("bhst,bthk->bshk", probabilities_BHST, heads("v"))
+    return output_BSHK.reshape(*h_BSD.shape[:2], -1) @ w["wo"] + w.get("bo", 0.0)
+
+
+def _feed_forward(h_BSD: jax.Array, w: Any, config: LlamaConfig) -> jax.Array:
+    gate, up = (h_BSD @ w[f"w_{name}"].T + w.get(f"b_{name}", 0.0) for name in ("gate", "up"))
+    activated = {"silu": gate / (1 + jnp.exp(-gate)), "relu": jnp.maximum(gate, 0.0)}[config.activation_function]
+    return (activated * up) @ w["w_down"] + w.get("b_down", 0.0)
 
 
 def _turned(x_BSHK: jax.Array, positions_BS: Any, theta: float) -> jax.Array:

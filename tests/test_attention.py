@@ -37,6 +37,36 @@ def test_plain_attention_is_a_softmax_over_earlier_tokens_of_the_segment() -> No
     np.testing.assert_allclose(plain_attention(*inputs(12), segments(12)), expected, atol=1e-6)
 
 
+def test_a_window_holds_the_token_itself_and_those_before_it() -> None:
+    q, k, v = inputs(12)
+    visible = plain_attention(q, k, jnp.broadcast_to(jnp.eye(12), (2, 2, 12, 12)), window=4) > 0
+    expected = [[s - 4 < t <= s for t in range(12)] for s in range(12)]
+    np.testing.assert_array_equal(visible, np.broadcast_to(expected, visible.shape))
+    np.testing.assert_array_equal(plain_attention(q, k, v, window=12), plain_attention(q, k, v))
+    config = LlamaConfig(hidden_dim=32, num_heads=4, num_kv_heads=2, sliding_window=4)
+    np.testing.assert_array_equal(attention(q, k, v, None, config), plain_attention(q, k, v, window=4))
+
+
+@pytest.mark.parametrize(("window", "with_segments"), [(1, False), (100, True), (128, False), (129, True), (300, True), (511, False)])
+def test_flash_equals_plain_in_a_window(window: int, with_segments: bool) -> None:
+    arrays, ids = inputs(512), segments(512) if with_segments else None
+    weights = jax.random.normal(jax.random.key(1), arrays[0].shape)
+
+    def output_and_gradients(form: Callable[..., jax.Array]) -> tuple:
+        def total(*qkv: jax.Array) -> tuple[jax.Array, jax.Array]:
+            output = form(*qkv, ids, window=window)
+            return (output * weights).sum(), output
+
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))(*arrays)
+
+    (_, flash), flash_gradients = output_and_gradients(flash_attention)
+    (_, plain), plain_gradients = output_and_gradients(plain_attention)
+    np.testing.assert_allclose(flash, plain, atol=2e-6)
+    scale = max(float(jnp.abs(gradient).max()) for gradient in plain_gradients)  # of one token alone, those of q and k are zero
+    for ours, reference in zip(flash_gradients, plain_gradients, strict=True):
+        np.testing.assert_allclose(ours, reference, atol=1e-5 * scale)
+
+
 @pytest.mark.parametrize(("with_segments", "num_kv_heads", "seq_len"), [(True, 2, 512), (True, 4, 384), (False, 1, 512), (True, 1, 2048)])
 def test_flash_equals_plain_forward_and_backward(with_segments: bool, num_kv_heads: int, seq_len: int) -> None:
     arrays = inputs(seq_len, num_kv_heads=num_kv_heads)

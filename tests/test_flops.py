@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from model.attention_backend import choose_backend
 from model.config import REMAT_POLICIES, AttentionBackend, LlamaConfig, RematPolicy
 from model.flops import CHIPS, GIB, chip_of, executed_flops_per_token, mfu, num_parameters, train_flops_per_token
 from model.parameters import param_shapes
@@ -102,16 +103,39 @@ def test_smaller_blocks_waste_less() -> None:
     assert counts[0] - counts[1] == pytest.approx(24 * 4.5 * 4 * 2048 * 2048 * 6 / 16)
 
 
+def test_a_window_leaves_a_band_of_the_square() -> None:
+    def attention(window: int | None, **convention: bool) -> float:
+        windowed = R1.model_copy(update={"sliding_window": window})
+        without = 3 * (24 * 2 * (2048 * 128 * 64 + 3 * 2048 * 8192) + 2 * 2048 * 128_256)
+        return (train_flops_per_token(windowed, 2048, **convention) - without) / (3 * 24 * 4 * 2048 * 16 * 128)
+
+    assert attention(None) == attention(2048) == attention(4096) == pytest.approx(0.5)
+    assert attention(512) == pytest.approx(sum(min(s + 0.5, 512) for s in range(2048)) / 2048**2, rel=1e-3)
+    assert attention(512, full_attention=True) == pytest.approx(0.25)
+    windowed = R1.model_copy(update={"sliding_window": 512})
+    executed = [executed_flops_per_token(model, 2048, remat="none", attention="splash") for model in (R1, windowed)]
+    assert executed[0] - executed[1] == pytest.approx(24 * 4.5 * 4 * 2048 * 2048 * 3 / 16)  # of ten blocks of 512 three are outside
+
+
+def test_the_formula_counts_the_blocks_of_a_window() -> None:
+    changes = {"gradient_checkpointing": "none", "attn_backend": "flash", "sliding_window": 130, "num_layers": 1}
+    _check_formula(SMALL.model_copy(update=changes))
+
+
 @pytest.mark.parametrize("attention", ["plain", "flash"])
 @pytest.mark.parametrize("remat", REMAT_POLICIES)
 def test_the_formula_is_the_count_of_the_products_that_training_makes(remat: RematPolicy, attention: AttentionBackend) -> None:
+    _check_formula(SMALL.model_copy(update={"gradient_checkpointing": remat, "attn_backend": attention}))
+
+
+def _check_formula(config: LlamaConfig) -> None:
     length, train = 512, SimpleTrainConfig(train_batch_size=1, num_train_steps=1, learning_rate=1e-3)
-    config = SMALL.model_copy(update={"gradient_checkpointing": remat, "attn_backend": attention})
+    attention = choose_backend(config, length, "cpu")
     ids = jnp.zeros((1, length), jnp.int32)
     batch = {"tokens": ids, "targets": ids, "segment_ids": ids, "positions": ids, "loss_weights": jnp.ones((1, length))}
     params = jax.tree.map(lambda array: jnp.ones(array.shape), param_shapes(config))
     gradient = jax.grad(lambda params: loss_sums(params, batch, config, train, None).loss)
-    formula = executed_flops_per_token(config, length, remat=remat, attention=attention)
+    formula = executed_flops_per_token(config, length, remat=config.remat, attention=attention)
     assert product_flops(gradient, params) == formula * length
 
 

@@ -1,6 +1,7 @@
 """Export and import: exact round trips, crash safety, the configuration in both dialects, and what is refused."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from safetensors.numpy import load_file, save_file
 import model.hf
 from model.config import LlamaConfig, RopeConfig
 from model.hf import load_hf, save_hf
+from model.hf_architectures import not_exportable
+from model.hf_config import from_hf
+from model.llama import forward
 from model.parameters import init_params
 
 CONFIG = LlamaConfig(seq_len=64, hidden_dim=16, intermediate_dim=24, num_layers=2, num_heads=4, num_kv_heads=2, vocab_size=40)
@@ -23,6 +27,11 @@ CONFIGS = {
     "tied": CONFIG.model_copy(update={"tie_word_embeddings": True}),
     "llama3": CONFIG.model_copy(update={"rope": LLAMA3}),
     "linear, own head width": CONFIG.model_copy(update={"rope": RopeConfig(type="linear", factor=4.0), "head_dim": 6}),
+    "biases, gelu": CONFIG.model_copy(update={"attention_bias": True, "mlp_bias": True, "activation_function": "gelu"}),
+    "window, yarn": CONFIG.model_copy(update={"sliding_window": 7, "rope": RopeConfig(type="yarn", factor=4.0, attention_factor=1.3)}),
+    "qkv biases, window": CONFIG.model_copy(update={"attention_bias": "qkv", "sliding_window": 7}),
+    "qk_norm, biases": CONFIG.model_copy(update={"qk_norm": True, "attention_bias": True}),
+    "qk_norm, window": CONFIG.model_copy(update={"qk_norm": True, "sliding_window": 7}),
     "epsilon, range": CONFIG.model_copy(update={"layer_norm_epsilon": 3e-6, "initializer_range": 0.01, "num_kv_heads": 1}),
 }
 
@@ -154,12 +163,18 @@ def test_keys_that_transformers_lets_be_absent(export: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"attention_bias": True}, "attention_bias=True is not supported: .*without"),
-        ({"mlp_bias": True}, "mlp_bias=True"),
-        ({"model_type": "mistral"}, "model_type='mistral'"),
+        ({"attention_bias": True}, r"missing tensor model.layers.0.self_attn.k_proj.bias \(8 in all\)"),
+        ({"mlp_bias": True}, r"missing tensor model.layers.0.mlp.down_proj.bias \(6 in all\)"),
+        ({"model_type": "gemma3"}, "model_type='gemma3' is not supported: only llama, mistral, qwen2, qwen3 can be imported"),
+        ({"model_type": "mistral"}, "only MistralForCausalLM"),
+        (
+            {"model_type": "qwen3", "architectures": None, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+            "sliding_window=8 in some layers only",
+        ),
         ({"architectures": ["LlamaForSequenceClassification"]}, "only LlamaForCausalLM"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type='yarn' is not supported"),
+        ({"hidden_act": "mish"}, "hidden_act='mish'"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type='longrope' is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type='yarn' needs factor"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "needs low_freq_factor, high_freq_factor"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"quantization_config": {"bits": 4}}, "save the model unquantized"),
@@ -219,6 +234,57 @@ def test_an_index_cannot_point_outside_the_export(export: Path) -> None:
     (export / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": "../outside.safetensors"}}))
     with pytest.raises(ValueError, match="files beside it"):
         load_hf(export)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "window"),
+    [
+        ("mistral", {}, 4096),
+        ("mistral", {"sliding_window": None}, None),
+        ("qwen2", {"sliding_window": 9}, None),  # Qwen does not heed it unless use_sliding_window
+        ("qwen2", {"sliding_window": 9, "use_sliding_window": True, "max_window_layers": 0}, 9),
+        ("qwen3", {"sliding_window": 9, "use_sliding_window": True}, None),  # from layer 28 on, of 2
+        ("qwen3", {"sliding_window": 9, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 2}, 9),
+    ],
+)
+def test_which_window_transformers_would_use(model_type: str, changes: dict[str, Any], window: int | None) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 8}
+    config = from_hf({"model_type": model_type, "vocab_size": 40, **sizes, **changes}, "config.json")
+    assert config.sliding_window == window
+    assert (config.qk_norm, config.attention_bias) == (model_type == "qwen3", "qkv" if model_type == "qwen2" else False)
+
+
+def test_norms_without_weights_are_exported_with_ones(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"use_layer_norm_weight": False, "qk_norm": True})
+    params = init_params(config, jax.random.key(2))
+    save_hf(tmp_path, config, params)
+    loaded_config, loaded = load_hf(tmp_path)
+    assert loaded_config == config.model_copy(update={"use_layer_norm_weight": True})
+    for norm in (loaded["norm"], loaded["layers"]["attn_norm"], loaded["layers"]["q_norm"]):
+        np.testing.assert_array_equal(norm, 1.0)
+    tokens = np.arange(16)[None]
+    np.testing.assert_array_equal(forward(loaded, tokens, loaded_config), forward(params, tokens, config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hybrid_norm": True}, r"model.hybrid_norm=True has no place .* leave it off"),
+        ({"input_embedding_norm": True}, r"model.input_embedding_norm=True has no place"),
+        (
+            {"qk_norm": True, "mlp_bias": True},
+            r"no Hugging Face model has model.qk_norm=True, .*model.mlp_bias=True.*leave one of them off",
+        ),
+        ({"sliding_window": 4, "attention_bias": True}, r"model.sliding_window=4 together"),
+        ({"qk_norm": True, "attention_bias": "qkv"}, r"model.attention_bias=qkv"),
+    ],
+)
+def test_what_no_architecture_can_say_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update=changes)
+    assert re.search(message, not_exportable(config) or "")
+    with pytest.raises(ValueError, match=message):
+        save_hf(tmp_path / "hf", config, init_params(config, jax.random.key(0)))
+    assert not (tmp_path / "hf").exists()
 
 
 def test_export_refuses_what_does_not_fit(params: dict, tmp_path: Path) -> None:

@@ -17,7 +17,17 @@ CASES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
 
 
 def test_all_cases_are_there() -> None:
-    assert CASES == ["gqa-tied-llama3", "gqa-untied", "mha-untied-linear"]
+    assert CASES == [
+        "gqa-tied-llama3",
+        "gqa-untied",
+        "llama-biases-gelu",
+        "llama-yarn-gelu-new",
+        "mha-untied-linear",
+        "mistral-window-yarn-mscale",
+        "qwen2-window",
+        "qwen3-tied",
+        "qwen3-window-bias",
+    ]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -47,25 +47,30 @@ loss_and_gradients = jax.value_and_grad(mean_loss)
 
 
 @functools.cache
-def on_one_device(tied: bool) -> tuple[LlamaConfig, dict, jax.Array, dict]:
-    """Configuration, weights, loss and gradients without a mesh."""
-    config = CONFIG.model_copy(update={"tie_word_embeddings": tied})
+def on_one_device(tied: bool, variant: bool = False) -> tuple[LlamaConfig, dict, jax.Array, dict]:
+    """Configuration, weights, loss and gradients without a mesh. variant: with all that a plain Llama has not."""
+    norms = {"qk_norm": True, "hybrid_norm": True, "input_embedding_norm": True}
+    more = {**norms, "attention_bias": True, "mlp_bias": True, "sliding_window": 5} if variant else {}
+    config = CONFIG.model_copy(update={"tie_word_embeddings": tied, **more})
     params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(7))
+    if variant:  # no norm all ones, no bias zero
+        params = jax.tree.map(lambda x: x + 0.1 * jnp.sin(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape), params)
     return config, params, *jax.jit(loss_and_gradients, static_argnums=(2, 3))(params, batch(), config, None)
 
 
 @pytest.mark.parametrize(
-    ("sizes", "tied"),
+    ("sizes", "tied", "variant"),
     [
-        ({}, False),
-        ({"fsdp_ring": 2}, False),
-        ({"data": 2, "tensor": 2}, False),
-        ({"context": 2, "tensor": 2}, False),
-        ({"fsdp_ring": 2, "tensor": 2}, True),
+        ({}, False, False),
+        ({"fsdp_ring": 2}, False, False),
+        ({"data": 2, "tensor": 2}, False, False),
+        ({"context": 2, "tensor": 2}, False, False),
+        ({"fsdp_ring": 2, "tensor": 2}, True, False),
+        ({"context": 2, "tensor": 2}, False, True),
     ],
 )
-def test_sharded_loss_and_gradients_equal_one_device(sizes: dict[str, int], tied: bool) -> None:
-    config, params, loss, gradients = on_one_device(tied)
+def test_sharded_loss_and_gradients_equal_one_device(sizes: dict[str, int], tied: bool, variant: bool) -> None:
+    config, params, loss, gradients = on_one_device(tied, variant)
     mesh = make_mesh(**sizes)
     shardings = param_shardings(config, mesh)
     step = jax.jit(loss_and_gradients, static_argnums=(2, 3), out_shardings=(None, shardings))

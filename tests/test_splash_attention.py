@@ -33,15 +33,18 @@ def segments(seq_len: int = SEQ_LEN) -> jax.Array:
     return jnp.asarray(rows)
 
 
-@pytest.mark.parametrize(("num_heads", "num_kv_heads", "with_segments"), [(4, 2, True), (2, 2, False), (4, 1, True)])
-def test_equals_plain_forward_and_backward(num_heads: int, num_kv_heads: int, with_segments: bool) -> None:
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "with_segments", "window"),
+    [(4, 2, True, None), (2, 2, False, None), (4, 1, True, None), (2, 1, True, 40), (2, 2, False, 129)],
+)
+def test_equals_plain_forward_and_backward(num_heads: int, num_kv_heads: int, with_segments: bool, window: int | None) -> None:
     arrays = inputs(num_heads, num_kv_heads)
     ids = segments() if with_segments else None
     weights = jax.random.normal(jax.random.key(1), arrays[0].shape)
 
     def output_and_gradients(form: object) -> tuple:
         def total(*qkv: jax.Array) -> tuple[jax.Array, jax.Array]:
-            output = form(*qkv, ids)
+            output = form(*qkv, ids, window=window)
             return (output * weights).sum(), output
 
         return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))(*arrays)
@@ -53,28 +56,30 @@ def test_equals_plain_forward_and_backward(num_heads: int, num_kv_heads: int, wi
         np.testing.assert_allclose(ours, reference, atol=1e-4 * float(jnp.abs(reference).max()))
 
 
-@pytest.mark.parametrize("seq_len", [256, 512])  # a block with tokens of two pieces, and a block a piece
-def test_split_over_batch_heads_and_sequence_it_is_the_same(seq_len: int) -> None:
+# a block with tokens of two pieces, and a block a piece
+@pytest.mark.parametrize(("seq_len", "window"), [(256, None), (512, None), (256, 50), (512, 200)])
+def test_split_over_batch_heads_and_sequence_it_is_the_same(seq_len: int, window: int | None) -> None:
     mesh = make_mesh(context=2, tensor=2, devices=jax.devices()[:8])
     arrays, ids = inputs(seq_len=seq_len), segments(seq_len)
     spread = [spread_order(x, 2, axis=2) for x in arrays]
 
-    attend = functools.partial(splash_attention, mesh=mesh, interpret=True)
+    attend = functools.partial(splash_attention, mesh=mesh, interpret=True, window=window)
     output = jax.jit(attend)(*spread, spread_order(ids, 2, axis=1))
-    np.testing.assert_allclose(restore_order(output, 2, axis=2), plain_attention(*arrays, ids), atol=1e-5)
+    np.testing.assert_allclose(restore_order(output, 2, axis=2), plain_attention(*arrays, ids, window), atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [None, 1, 300, 1025])
 @pytest.mark.parametrize(
     ("seq_len", "context", "block"),
     [(2048, 1, 512), (2176, 1, 128), (2048, 4, 256), (2048, 8, 128), (2048, 16, 128), (1152, 3, 128), (4352, 2, 128), (8192, 16, 256)],
 )
-def test_the_busiest_chip_computes_what_is_counted(seq_len: int, context: int, block: int) -> None:
+def test_the_busiest_chip_computes_what_is_counted(seq_len: int, context: int, block: int, window: int | None) -> None:
     assert splash_block_size(seq_len // context, HEAD_SIZE, context=context) == block
-    kernel = _kernel(1, seq_len, HEAD_SIZE, context, None, False)
+    kernel = _kernel(1, seq_len, HEAD_SIZE, context, None, False, window)
     infos = (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info)
     computed = {int((rows > 0).sum()) for info in infos for rows in np.split(np.asarray(info.block_mask)[0], context)}
-    assert max(computed) * block**2 * context / seq_len**2 == computed_share(seq_len, block, context)
-    if seq_len // (2 * context) % 128 == 0:
+    assert max(computed) * block**2 * context / seq_len**2 == pytest.approx(computed_share(seq_len, block, context, window), rel=1e-12)
+    if window is None and seq_len // (2 * context) % 128 == 0:
         assert len(computed) == 1, "each chip does the same work"
 
 

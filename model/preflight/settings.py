@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from model.attention_backend import SPLASH_MIN_BLOCK, choose_backend
+from pydantic import model_validator
+
+from model.attention_backend import SPLASH_MIN_BLOCK, attention_window, choose_backend
 from model.batch_arithmetic import BatchArithmetic, check_tensor_split
 from model.config import REMAT_POLICIES, LlamaConfig, RematPolicy
 from model.config_base import Config
@@ -19,6 +21,15 @@ class Job(Config):
     name: str
     model: LlamaConfig
     train: SimpleTrainConfig
+
+    @model_validator(mode="after")
+    def _check(self) -> Job:
+        if self.model.attn_backend == "flash" and self.model.use_flash_attention and attention_window(self.model, self.seq_len) is not None:
+            raise ValueError(
+                f"preflight cannot count the blocks of model.attn_backend='flash' with model.sliding_window={self.model.sliding_window}: "
+                f"use model.attn_backend='auto', which is the kernel on a TPU"
+            )
+        return self
 
     @property
     def seq_len(self) -> int:
