@@ -131,10 +131,10 @@ def run_steps(train: SimpleTrainConfig, devices: int, directory: Path, steps: in
         states.append(jax.device_get(state))
         history.append({name: float(value) for name, value in metrics.items()})
         if index == steps // 2:
-            checkpoints = Checkpoints(directory, max_to_keep=1)
+            checkpoints = Checkpoints(directory, keep_every=1, max_to_keep=1)
             checkpoints.save(index + 1, state, {})
             checkpoints.wait()
-            state = TrainState(*checkpoints.restore(abstract_state(CONFIG, train, mesh))[0])
+            state = TrainState(*checkpoints.restore(abstract_state(CONFIG, train, mesh)))
             checkpoints.close()
             jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), states[-1])
     return states, history
@@ -200,9 +200,9 @@ def test_plain_state_has_neither(tmp_path: Path) -> None:
     assert state.ema_params is None
     assert state.recent is None
     assert state.eval_params is state.params
-    checkpoints = Checkpoints(tmp_path, max_to_keep=1)
+    checkpoints = Checkpoints(tmp_path, keep_every=1, max_to_keep=1)
     checkpoints.save(1, state, {})
     checkpoints.wait()
-    restored = TrainState(*checkpoints.restore(abstract_state(CONFIG, train, mesh))[0])
+    restored = TrainState(*checkpoints.restore(abstract_state(CONFIG, train, mesh)))
     checkpoints.close()
     assert jax.tree.structure(restored) == jax.tree.structure(state)
