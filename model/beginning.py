@@ -1,4 +1,4 @@
-"""Where a run begins: at its own newest checkpoint that verifies, or at fresh weights from the seed."""
+"""Where a run begins: at its own newest checkpoint that verifies, at weights made elsewhere, or at fresh ones."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from model.checkpoint import Checkpoints
 from model.config import LlamaConfig
 from model.data_position import Jump
 from model.durable import write_json
+from model.initialize import initialize
 from model.job import TrainingJob
 from model.train_step import TrainState, abstract_state, init_state
 
@@ -24,18 +25,22 @@ class Beginning(NamedTuple):
 
     state: TrainState
     jumps: tuple[Jump, ...]  # of the data, up to and after this step
-    data: Mapping[str, Any] | None  # where the checkpoint stood in the data; None where there is no checkpoint
+    data: Mapping[str, Any] | None  # where its own checkpoint stood in the data; None where there is none
+    notes: tuple[str, ...] = ()  # what a person should know about it
 
 
-def begin(job: TrainingJob, config: LlamaConfig, mesh: Mesh, checkpoints: Checkpoints) -> Beginning:
+def begin(job: TrainingJob, config: LlamaConfig, mesh: Mesh, checkpoints: Checkpoints, loader_state: Mapping[str, Any]) -> Beginning:
     """The state and the data's jumps that the run goes on with.
 
     Raises:
-        ValueError: the newest checkpoint is another run's; names the fields that differ.
+        ValueError: the newest checkpoint is another run's, with the fields that differ; or what the run is to start from does not fit.
     """
     skipped = read_skipped_data(job.directory)
     if checkpoints.latest_step() is None:
-        return Beginning(init_state(config, job.train, mesh), skipped, None)
+        if job.train.initialize_from_checkpoint_path is None and job.train.initialize_from_hf is None:
+            return Beginning(init_state(config, job.train, mesh), skipped, None)
+        state, jumps, notes = initialize(config, job.train, mesh, loader_state)
+        return Beginning(state, (*jumps, *skipped), None, notes)
     progress = checkpoints.progress()
     if progress["run"] != job.fingerprint:
         raise ValueError(_another_run(checkpoints.directory, progress, job))

@@ -13,29 +13,22 @@ of them see.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as preservation
 from orbax.checkpoint.path import atomicity
 
+from model.checkpoint_files import CheckpointError, checkpoint_damage, steps_in, write_hashes
 from model.distributed import is_leader, wait_for_all
-from model.durable import sha256_of, write_json
 from model.train_config import NEWEST_CHECKPOINTS
 
-HASHES = "hashes.json"
-# Orbax rewrites these while it commits, after the hashes were taken.
-COMMIT_FILES = frozenset({"_CHECKPOINT_METADATA", "commit_success.txt", HASHES})
-
 _logger = logging.getLogger(__name__)
-
-
-class CheckpointError(ValueError):
-    """No checkpoint can be used, and starting over was not asked for."""
 
 
 class HashedTemporaryPath(atomicity.AtomicRenameTemporaryPath):
@@ -43,35 +36,8 @@ class HashedTemporaryPath(atomicity.AtomicRenameTemporaryPath):
 
     async def finalize(self) -> None:
         """Hashes every file, then lets Orbax rename the directory into place."""
-        await asyncio.to_thread(_write_hashes, Path(str(self.get())))
+        await asyncio.to_thread(write_hashes, Path(str(self.get())))
         await super().finalize()
-
-
-def _write_hashes(directory: Path) -> None:
-    paths = sorted(path for path in directory.rglob("*") if path.is_file() and path.name not in COMMIT_FILES)
-    files = [{"path": path.relative_to(directory).as_posix(), "bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in paths]
-    write_json(directory / HASHES, {"schema": 1, "files": files})
-
-
-def checkpoint_damage(directory: Path) -> str | None:
-    """What is wrong with one committed checkpoint directory, or None when every byte is as written."""
-    try:
-        files = json.loads((directory / HASHES).read_text(encoding="utf-8"))["files"]
-        recorded = [(directory / str(file["path"]), int(file["bytes"]), str(file["sha256"])) for file in files]
-    except FileNotFoundError:
-        return f"{directory / HASHES} is missing"
-    except (KeyError, TypeError, ValueError):
-        return f"{directory / HASHES} cannot be read"
-    if not recorded:
-        return f"{directory / HASHES} lists no files"
-    for path, size, sha256 in recorded:
-        if not path.is_file():
-            return f"{path} is missing"
-        if path.stat().st_size != size:
-            return f"{path} has {path.stat().st_size} bytes instead of {size}"
-        if sha256_of(path) != sha256:
-            return f"{path} has another content than was written (sha256 differs)"
-    return None
 
 
 class Checkpoints:
@@ -103,8 +69,7 @@ class Checkpoints:
 
     def _set_damaged_aside(self) -> None:
         """Looks for the newest that verifies. Damaged ones are renamed, so that neither we nor Orbax take them for the latest."""
-        steps = sorted((int(path.name) for path in self.directory.iterdir() if path.is_dir() and path.name.isdigit()), reverse=True)
-        for step in steps:
+        for step in steps_in(self.directory):
             path = self.directory / str(step)
             damage = checkpoint_damage(path)
             if damage is None:
@@ -156,6 +121,46 @@ class Checkpoints:
         self._manager.close()
 
 
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves of a state by names such as `opt_state/1/mu/layers/wq`, the same before saving and as Orbax keeps them."""
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the arrays of one committed checkpoint directory, by name."""
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        return {name: tuple(leaf.shape) for name, leaf in named_leaves(_stored_tree(checkpointer, directory)).items()}
+
+
+def restore_leaves(directory: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Some arrays of one committed checkpoint directory, `checkpoints/<step>`, which is not verified again.
+
+    Args:
+        directory: the checkpoint; any mesh, on any number of hosts, may have written it.
+        wanted: shape, dtype and sharding by name; all must be there.
+    """
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        tree = _stored_tree(checkpointer, directory)
+        chosen = jax.tree_util.tree_map_with_path(lambda path, _: wanted.get(_name(path), ocp.PLACEHOLDER), tree)
+        arguments = ocp.args.PyTreeRestore(chosen, restore_args=ocp.checkpoint_utils.construct_restore_args(chosen))
+        restored = named_leaves(checkpointer.restore((directory / "state").absolute(), args=arguments))
+    return {name: restored[name] for name in wanted}
+
+
+def _stored_tree(checkpointer: Any, directory: Path) -> Any:
+    return checkpointer.metadata((directory / "state").absolute()).item_metadata.tree
+
+
+def read_progress(directory: Path) -> dict[str, Any]:
+    """The record beside the arrays of one committed checkpoint directory."""
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        return checkpointer.restore((directory / "progress").absolute())
+
+
 def restore_params(directory: Path, abstract_params: Any, *, field: str = "params") -> Any:
     """Only the weights of one committed checkpoint directory, verified first.
 
@@ -167,15 +172,7 @@ def restore_params(directory: Path, abstract_params: Any, *, field: str = "param
     Raises:
         CheckpointError: naming the damaged file.
     """
-    if damage := checkpoint_damage(directory):
+    if is_leader() and (damage := checkpoint_damage(directory)):
         raise CheckpointError(f"{directory} cannot be used: {damage}")
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        restored = checkpointer.restore(
-            (directory / "state").absolute(),
-            args=ocp.args.PyTreeRestore(
-                {field: abstract_params},
-                restore_args={field: ocp.checkpoint_utils.construct_restore_args(abstract_params)},
-                partial_restore=True,
-            ),
-        )
-    return restored[field]
+    leaves = restore_leaves(directory, named_leaves({field: abstract_params}))
+    return jax.tree.unflatten(jax.tree.structure(abstract_params), leaves.values())

@@ -8,28 +8,23 @@ It is a Llama, Mistral, Qwen 2 or Qwen 3 there, by what it has (`model.hf_archit
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from model.config import LlamaConfig
 from model.durable import durable_file, remove_temporaries, write_json
-from model.hf_config import SpecialIds, from_hf, to_hf
+from model.hf_config import SpecialIds, to_hf
 from model.hf_tensors import Tensor, hf_tensors
 from model.hf_tokenizer import HfTokenizer
+from model.hf_weights import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, StoredTensors
 from model.parameters import Params, param_shapes
 
-CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
-
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
-_READABLE_DTYPES = ("F64", "F32", "F16", "BF16")  # names in the safetensors header
 
 
 def save_hf(
@@ -95,32 +90,13 @@ def load_hf(path: Path | str) -> tuple[LlamaConfig, Params]:
         ValueError: the directory is incomplete or damaged, is another model, or has missing or unexpected tensors
             or shapes; the message names the key and what to do.
     """
-    directory = Path(path)
-    config = from_hf(_read_json(directory / CONFIG_FILE), str(directory / CONFIG_FILE))
-    tensors = hf_tensors(config)
+    stored = StoredTensors(Path(path))
+    config, tensors = stored.config, hf_tensors(stored.config)
+    stored.check(tensors)
     params = jax.tree.map(lambda array: np.zeros(array.shape, np.float32), param_shapes(config))
-    found: set[str] = set()
-    for file_name, listed in _weight_files(directory).items():
-        for name, stored in _stored_tensors(directory / file_name, listed):
-            # Old exports carry the rotary frequencies, which the configuration determines.
-            if name.endswith(".rotary_emb.inv_freq"):
-                continue
-            tensor = tensors.get(name)
-            if tensor is None and name == "lm_head.weight":
-                raise ValueError(f"{directory}: tie_word_embeddings=true but lm_head.weight is stored: set it to false in {CONFIG_FILE}")
-            if tensor is None:
-                raise ValueError(f"{directory}: unexpected tensor {name}: {CONFIG_FILE} describes another model than the weights")
-            if tuple(stored.get_shape()) != tensor.shape or stored.get_dtype() not in _READABLE_DTYPES:
-                raise ValueError(
-                    f"{directory}: {name} is {stored.get_dtype()} {tuple(stored.get_shape())}, {CONFIG_FILE} asks for floating point "
-                    f"{tensor.shape}: use the {CONFIG_FILE} that was saved with these weights, unquantized"
-                )
-            array = np.asarray(stored[:])
-            tensor.view(params)[...] = array.T if tensor.transposed else array
-            found.add(name)
-    missing = sorted(set(tensors) - found)
-    if missing:
-        raise ValueError(f"{directory}: missing tensor {missing[0]} ({len(missing)} in all): copy the whole export again")
+    for name, tensor in tensors.items():
+        array = stored.read(name)
+        tensor.view(params)[...] = array.T if tensor.transposed else array
     return config, params
 
 
@@ -160,45 +136,3 @@ def _remove_earlier_export(directory: Path) -> None:
         for stale in directory.glob(pattern):
             stale.unlink()
     remove_temporaries(directory)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} does not exist: {path.parent} is not a finished export, give the directory of one") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error}): copy it again") from error
-    if isinstance(content, dict):
-        return content
-    raise ValueError(f"{path} is not a JSON object: copy it again")
-
-
-def _weight_files(directory: Path) -> dict[str, set[str] | None]:
-    """The weights files, each with the tensors the index lists for it (None: there is no index, take all)."""
-    if (directory / WEIGHTS_FILE).exists():
-        return {WEIGHTS_FILE: None}
-    if not (directory / INDEX_FILE).exists():
-        raise ValueError(f"{directory} has neither {WEIGHTS_FILE} nor {INDEX_FILE}: save the model as safetensors")
-    weight_map = _read_json(directory / INDEX_FILE).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) and name == Path(name).name for name in weight_map.values()):
-        raise ValueError(f"{directory / INDEX_FILE}: weight_map must map tensors to files beside it: copy it again")
-    files: dict[str, set[str] | None] = {}
-    for name in sorted(set(weight_map.values())):
-        files[name] = {tensor for tensor, file_name in weight_map.items() if file_name == name}
-    return files
-
-
-def _stored_tensors(path: Path, listed: set[str] | None) -> Iterator[tuple[str, Any]]:
-    """(name, lazily read tensor) for everything in one weights file, after checking it against the index."""
-    try:
-        with safe_open(path, framework="np") as file:
-            names = list(file.keys())
-            if listed is not None and listed != set(names):
-                raise ValueError(f"{path} does not hold the tensors that {INDEX_FILE} lists: {min(listed ^ set(names))}")
-            for name in names:
-                yield name, file.get_slice(name)
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} does not exist although {INDEX_FILE} names it: copy the whole export again") from error
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}): copy it again") from error

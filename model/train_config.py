@@ -31,6 +31,23 @@ class MeshSizes(TypedDict):
     tensor: int
 
 
+def check_beginning(train: SimpleTrainConfig) -> None:
+    """Refuses settings of where a run begins that contradict each other, or have no effect. Raises ValueError."""
+    checkpoint, hf = train.initialize_from_checkpoint_path, train.initialize_from_hf
+    if checkpoint is not None and hf is not None:
+        raise ValueError(
+            f"train.initialize_from_checkpoint_path={checkpoint!r} and train.initialize_from_hf={hf!r} contradict each other: leave one out"
+        )
+    if checkpoint is None:
+        for field, default in (("initialize_weights_only", False), ("reset_data_loader_on_init", True)):
+            if getattr(train, field) != default:
+                raise ValueError(
+                    f"train.{field} has no effect without train.initialize_from_checkpoint_path: set that too, or leave it out"
+                )
+        if train.allow_partial_checkpoint and hf is None:
+            raise ValueError("train.allow_partial_checkpoint has no effect where weights begin fresh: leave it out")
+
+
 class SimpleTrainConfig(Config):
     """One training run: batch, steps, optimizer, schedule, cadence."""
 
@@ -79,6 +96,20 @@ class SimpleTrainConfig(Config):
     )
     cycles: int | None = Field(default=None, ge=1, description="Number of equally long cycles, instead of cycle_length.")
     rewarmup: float = Field(default=0.0, ge=0, description="Warmup of the cycles after the first: steps, or a fraction of the cycle.")
+
+    initialize_from_checkpoint_path: str | None = runtime(
+        None, description="Start from a checkpoint: a run's directory (its newest that verifies), or one step's in it."
+    )
+    initialize_from_hf: str | None = runtime(None, description="Start from the weights of a directory that transformers could load.")
+    initialize_weights_only: bool = Field(
+        default=False, description="Of the checkpoint take the weights alone: step, optimizer and averages begin anew."
+    )
+    reset_data_loader_on_init: bool = Field(
+        default=True, description="Begin with the first rows of the data; off goes on where the checkpoint stood in it."
+    )
+    allow_partial_checkpoint: bool = Field(
+        default=False, description="What the checkpoint lacks, or has in another shape, begins fresh and is listed; off refuses it."
+    )
 
     z_loss_weight: float = Field(default=0.0, ge=0, description="Weight of logsumexp(logits)^2 (PaLM): keeps logits small.")
     compute_dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="Arithmetic of the layers; weights stay float32.")
@@ -136,6 +167,7 @@ class SimpleTrainConfig(Config):
         if self.per_device_parallelism == 0:
             raise ValueError("train.per_device_parallelism=0: give the sequences per device, or -1 for the whole batch at once")
         check_effects(self)
+        check_beginning(self)
         if len(cycles_of(self)) == 1 and self.rewarmup:
             raise ValueError(f"train.rewarmup={self.rewarmup:g} has no effect in a single cycle: set train.cycles, or leave it out")
         return self

@@ -60,7 +60,7 @@ class Trainer:
         self.checkpoints = Checkpoints(
             job.directory / "checkpoints", keep_every=job.train.steps_per_export, max_to_keep=job.train.max_checkpoints
         )
-        self.state, jumps, where = begin(job, self.config, self.mesh, self.checkpoints)
+        self.state, jumps, where, self.notes = begin(job, self.config, self.mesh, self.checkpoints, loader.state(0))
         self.step = self._dispatched = int(self.state.step)
         self.data = DataPosition(loader, partitioning.batch_sharding(self.mesh), jumps)
         self.data.check(where, self.step, self.last_step)

@@ -136,6 +136,7 @@ def describe(trainer: Trainer, seconds: float) -> dict[str, Any]:
     return {
         "start_step": trainer.step,
         "num_train_steps": trainer.last_step,
+        "notes": trainer.notes,
         "skipped_checkpoints": trainer.checkpoints.skipped,
         "num_parameters": num_parameters(trainer.config),
         "mesh": dict(trainer.mesh.shape),

@@ -59,6 +59,9 @@ class TrainingStep(Config):
 
     model: LlamaConfig
     train: SimpleTrainConfig
+    initial_weights: str | None = Field(
+        default=None, description="Digest of what it starts from; the paths in `train` are where that lies."
+    )
     track: tuple[TrackerName, ...] = runtime(())
     tags: tuple[str, ...] = runtime(())
 

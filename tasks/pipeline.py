@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from tasks.config import RunConfig, TrainingStep
 from tasks.data_steps import DataSteps, mixture_steps
+from tasks.initial_weights import pin_initial_weights
 from tasks.steps import Step
 
 
@@ -27,10 +28,11 @@ class RunSteps:
 def run_steps(config: RunConfig) -> RunSteps:
     """The steps of a run. Reads the sources' content digests, downloads and computes nothing."""
     data = mixture_steps(config.data, config.tokenize)
+    pinned, digest = pin_initial_weights(config.train)
     training = Step(
         kind="checkpoints",
         name=config.name,
-        config=TrainingStep(model=config.model, train=config.train, track=config.track, tags=config.tags),
+        config=TrainingStep(model=config.model, train=pinned, initial_weights=digest, track=config.track, tags=config.tags),
         upstream=(data.mixture,),
     )
     export = Step(kind="hf", name=config.name, config=config.export, upstream=(training, data.mixture), subdirectory_of=training)

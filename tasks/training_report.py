@@ -66,6 +66,8 @@ class TrainingReport:
             self._log.warning(skipped)
         if self.step:
             self._log.info("resuming from the checkpoint of step %d, verified", self.step)
+        for note in event["notes"]:
+            self._log.warning(note)
         if event["skipped_rows"]:
             self._log.warning("%d rows of data that broke the training are left out", event["skipped_rows"])
         mesh = " x ".join(f"{axis} {size}" for axis, size in event["mesh"].items())

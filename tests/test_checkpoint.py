@@ -13,7 +13,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from model import partitioning
-from model.checkpoint import CheckpointError, Checkpoints, checkpoint_damage, restore_params
+from model.checkpoint import Checkpoints, restore_leaves, restore_params, stored_shapes
+from model.checkpoint_files import CheckpointError, checkpoint_damage, find_checkpoint
 
 
 def state(value: float, mesh: Any) -> dict[str, Any]:
@@ -129,3 +130,24 @@ def test_multiples_stay_and_of_the_others_the_newest_two_that_are_good(saved: Pa
         checkpoints.save(step, state(step, mesh), {"step": step})
     checkpoints.close()
     assert sorted(path.name for path in saved.iterdir() if path.name.isdigit()) == ["20", "26", "27"]
+
+
+def test_single_arrays_by_name(saved: Path) -> None:
+    mesh = partitioning.make_mesh()
+    assert stored_shapes(saved / "20") == {"params/w": (16, 4), "step": ()}
+    found = restore_leaves(saved / "20", {"params/w": abstract(mesh)["params"]["w"]})
+    assert list(found) == ["params/w"]
+    assert found["params/w"].sharding == abstract(mesh)["params"]["w"].sharding
+    np.testing.assert_array_equal(found["params/w"], state(20, mesh)["params"]["w"])
+
+
+def test_the_checkpoint_that_a_path_names(saved: Path, tmp_path: Path) -> None:
+    assert find_checkpoint(saved) == find_checkpoint(saved.parent) == saved / "30"
+    assert find_checkpoint(saved / "10") == saved / "10"
+    flip(next(path for path in data_files(saved / "30") if path.parent.name == "d"))
+    assert find_checkpoint(saved) == saved / "20"
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .*30 can be used: .*sha256 differs"):
+        find_checkpoint(saved / "30")
+    for nothing in (tmp_path / "nowhere", tmp_path / "30"):
+        with pytest.raises(CheckpointError, match="is no checkpoint and holds none: give a run's directory"):
+            find_checkpoint(nothing)
