@@ -37,7 +37,6 @@ class Profiler:
         try:
             call()
         except Exception as error:
-            self._enabled = False
             self._tell(f"the profiler did not {what} ({error}): training goes on without it")
             return False
         return True

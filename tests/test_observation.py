@@ -53,6 +53,8 @@ def test_large_half_precision_gradients_do_not_overflow_in_their_squares() -> No
 def test_memory_of_the_host_here_and_of_the_fullest_device(monkeypatch: pytest.MonkeyPatch) -> None:
     before = memory_metrics()
     assert before.keys() == {"host/memory_gib"}  # a CPU device counts nothing
+    untouched = np.empty(2**32, np.uint8)  # address space, no memory
+    assert memory_metrics()["host/memory_gib"] < before["host/memory_gib"] + untouched.nbytes / 2**30 / 2
     held = np.ones(2**26, np.uint8)
     assert memory_metrics()["host/memory_gib"] >= before["host/memory_gib"] + held.nbytes / 2**30 * 0.9
     devices = [SimpleNamespace(memory_stats=lambda n=n: {"bytes_in_use": n * 2**30, "peak_bytes_in_use": 2 * n * 2**30}) for n in (1, 3)]
@@ -85,6 +87,11 @@ def test_the_trace_ends_with_the_run_and_counts_the_steps_it_has(monkeypatch: py
     said: list[str] = []
     profile(Path("p"), 4, said)
     assert (calls, said) == (["start", "stop"], ["a trace of 2 steps is in p"])
+    watched = Profiler(Path("p"), enabled=True, start_step=1, num_steps=1, tell=said.append)
+    for expected in (3, 4, 4):  # the window ends by itself too
+        watched.step_done()
+        assert len(calls) == expected
+    del calls[2:], said[1:]
     profile(Path("p"), 9, said, enabled=False)
     profile(Path("p"), 1, said)
     assert (calls, len(said)) == (["start", "stop"], 1)

@@ -65,10 +65,10 @@ class Fake:
 
     def _act(self, method: str) -> None:
         does = self.does.get(method)
-        if does == "wait":
+        if does is not None and does.startswith("wait"):
             self.reached.set()
             self.free.wait()
-        elif does is not None:
+        if does not in (None, "wait"):
             raise ConnectionError(does)
 
 
@@ -100,13 +100,28 @@ def test_one_that_blocks_for_ever_delays_nothing(tmp_path: Path, method: str) ->
     fake.free.set()
 
 
+def test_one_that_was_given_up_says_nothing_more(tmp_path: Path) -> None:
+    fake, said = Fake(log="wait, then fail"), list[str]()
+    log = logged(tmp_path, fake, range(1, 3), said)
+    assert fake.reached.wait(30)
+    assert log.close(0.0) is False
+    fake.free.set()
+    thread: Any = log._trackers[0]
+    thread._thread.join(30)
+    assert len(said) == 1
+
+
 @pytest.mark.parametrize(("method", "how"), [("open", "did not start"), ("log", "stopped working"), ("close", "stopped working")])
 def test_one_that_raises_is_one_message_without_secrets(tmp_path: Path, method: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0123456789secret")
     fake, said = Fake(**{method: "no answer to 0123456789secret from https://me:word@host"}), list[str]()
-    assert logged(tmp_path, fake, range(1, 4), said).close() is True
+    log = logged(tmp_path, fake, range(1, 4), said)
+    assert log.close() is True
     assert said == [f"fake {how} (no answer to [hidden] from https://[hidden]@host): metrics go on to metrics.jsonl"]
     assert len(read_json_lines(tmp_path / "metrics.jsonl")) == 3
+    tracker: Any = log._trackers[0]
+    tracker.log(4, {})
+    assert not tracker._queue  # nobody would take it out
     assert Deliveries(tmp_path / "trackers.json", said.append).step("fake") == 0
 
 
