@@ -6,10 +6,12 @@ import sys
 
 import encoders
 import input_path
+import observation
 import tokenization
 import train_step
 from measure import main
 
 if __name__ == "__main__":
     benchmarks = {"tokenization": tokenization.run, "encoders": encoders.run, "input_path": input_path.run, "train_step": train_step.run}
+    benchmarks["observation"] = observation.run
     sys.exit(main(benchmarks))

@@ -13,6 +13,7 @@ from typing import Any
 
 PR_SET_PDEATHSIG = 1
 STOPPED = 75  # exit status of a child that saved and stopped because it was asked to (EX_TEMPFAIL: try again)
+HUNG = 76  # exit status of a child that ended itself because a step did not return (`model.watchdog`)
 PARENT_VARIABLE = "PREFECT_LLAMA_PARENT_PID"
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -49,5 +50,7 @@ def die_with_parent() -> None:
 
 
 def emit(event: str, **fields: Any) -> None:
-    """One JSON line on standard output: `{"event": ..., ...}`."""
-    print(json.dumps({"event": event, **fields}), flush=True)
+    """One JSON line on standard output: `{"event": ..., ...}`. Any thread may call it."""
+    # One write: print() makes two, between which another thread's line could come.
+    sys.stdout.write(json.dumps({"event": event, **fields}) + "\n")
+    sys.stdout.flush()

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from model.trackers import CLOSE_SECONDS, Tracker, close_trackers
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -61,10 +64,14 @@ class JsonLines:
 class MetricsLog:
     """Collects the metrics of a step from several sources into one row, for the file and the trackers."""
 
-    def __init__(self, path: Path, resume_step: int, trackers: list[Any]) -> None:
+    def __init__(self, path: Path, resume_step: int, trackers: Sequence[Tracker]) -> None:
+        """Continues the file after `resume_step` and starts the trackers, which get the rows that they lack."""
         self._lines = JsonLines(path, resume_step)
         self._trackers = trackers
         self._row: dict[str, Any] = {}
+        rows = read_json_lines(path) if trackers else []
+        for tracker in trackers:
+            tracker.begin(rows, resume_step)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Adds `metrics` to the row of `step`; a row is written when the next step's begins."""
@@ -85,13 +92,17 @@ class MetricsLog:
         """Writes and forces everything to the disk."""
         self.flush()
         self._lines.sync()
+        for tracker in self._trackers:
+            tracker.sync()
 
-    def close(self) -> None:
-        """Writes what is left and closes the file and the trackers."""
+    def close(self, seconds: float = CLOSE_SECONDS) -> bool:
+        """Writes what is left, closes the file, and waits at most `seconds` for the trackers.
+
+        False where one of them hangs: then the process should end by `os._exit`, since its library may wait for it at exit.
+        """
         self.flush()
         self._lines.close()
-        for tracker in self._trackers:
-            tracker.close()
+        return close_trackers(self._trackers, seconds)
 
 
 def _json_number(value: float) -> float | int | str:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import time
 
 import jax
 import jax.numpy as jnp
 
 from model.config import LlamaConfig
-from model.flops import chip_of, train_flops_per_token
+from model.flops import chip_of, num_parameters, train_flops_per_token
 
 
+@functools.cache
 def peak_flops_per_device() -> float:
-    """Peak FLOP/s of one device: the published figure of a TPU, elsewhere the best float32 matmul measured now."""
+    """Peak FLOP/s of one device: the published figure of a TPU, elsewhere the best float32 matmul measured once."""
     device = jax.local_devices()[0]
     chip = chip_of(device.device_kind)
     return chip.bf16_flops if chip is not None else _measured_matmul_flops() / jax.local_device_count()
@@ -32,18 +34,39 @@ def _seconds(work: object) -> float:
     return time.perf_counter() - began
 
 
+def run_constants(config: LlamaConfig, seq_len: int) -> dict[str, int | float | str]:
+    """What does not change while a run goes, for the configuration that trackers show.
+
+    FLOPs are model FLOPs with causal attention at half, per second and device the peak that MFU is a share of.
+    """
+    peak = peak_flops_per_device()
+    return {
+        "parameter_count": num_parameters(config),
+        "backend": jax.default_backend(),
+        "num_devices": jax.device_count(),
+        "num_hosts": jax.process_count(),
+        "throughput/device_kind": jax.local_devices()[0].device_kind,
+        "throughput/theoretical_flops_per_device": peak,
+        "throughput/theoretical_flops": peak * jax.device_count(),
+        "throughput/flops_per_example": train_flops_per_token(config, seq_len) * seq_len,
+    }
+
+
 class Speedometer:
     """Turns step durations into the `throughput/...` metrics.
 
     MFU is the fraction of the devices' peak that goes into model FLOPs: `throughput/mfu` counts causal attention at half,
     `throughput/mfu_full_attention` at the whole square. `goodput` is the share of the time since start spent in steps.
+    `throughput/hook_time` is what hooks took since the last row with it, in seconds; gigaflops are model FLOPs, attention at half.
     """
 
     def __init__(self, config: LlamaConfig, seq_len: int, tokens_per_step: int, *, first_step: int, last_step: int) -> None:
         peak = peak_flops_per_device() * jax.device_count()
-        self._utilisation = train_flops_per_token(config, seq_len) / peak
+        self._flops_per_token = train_flops_per_token(config, seq_len)
+        self._utilisation = self._flops_per_token / peak
         self._utilisation_full = train_flops_per_token(config, seq_len, full_attention=True) / peak
-        self._tokens_per_step = tokens_per_step
+        self._tokens_per_step, self._seq_len = tokens_per_step, seq_len
+        self._hook_seconds: float | None = None
         self._last_step = last_step
         self._began = self._finished = time.perf_counter()
         self._stepping_seconds = 0.0
@@ -51,8 +74,16 @@ class Speedometer:
         self._first_step = first_step
 
     def pause(self) -> None:
-        """Time until now since the last step was not spent in steps."""
-        self._finished = time.perf_counter()
+        """Time until now since the last step was not spent in steps but in hooks; before the first step, in starting."""
+        now = time.perf_counter()
+        if self._hook_seconds is not None:
+            self._hook_seconds += now - self._finished
+        self._finished = now
+
+    def hook_time(self) -> dict[str, float]:
+        """`throughput/hook_time`: seconds in hooks since the last call."""
+        seconds, self._hook_seconds = self._hook_seconds or 0.0, 0.0
+        return {"throughput/hook_time": seconds}
 
     def step_done(self, step: int, loading_seconds: float) -> dict[str, float]:
         """Metrics of the step that finished now. The first step of a run compiles and counts as no stepping."""
@@ -62,14 +93,21 @@ class Speedometer:
         if step > self._first_step + 1:
             self._stepping_seconds += duration
             self._smooth = duration if self._smooth is None else 0.9 * self._smooth + 0.1 * duration
+        if self._hook_seconds is None:
+            self._hook_seconds = 0.0
         tokens_per_second = self._tokens_per_step / duration
+        total_tokens = float(step * self._tokens_per_step)
         return {
+            "run_progress": step / self._last_step,
             "throughput/duration": duration,
             "throughput/tokens_per_second": tokens_per_second,
             "throughput/mfu": tokens_per_second * self._utilisation,
             "throughput/mfu_full_attention": tokens_per_second * self._utilisation_full,
             "throughput/loading_time": loading_seconds,
-            "throughput/total_tokens": float(step * self._tokens_per_step),
+            "throughput/examples_per_second": tokens_per_second / self._seq_len,
+            "throughput/gflops_per_second": tokens_per_second * self._flops_per_token / 1e9,
+            "throughput/total_tokens": total_tokens,
+            "throughput/total_gflops": total_tokens * self._flops_per_token / 1e9,
             "goodput": self._stepping_seconds / max(now - self._began, 1e-9),
         }
 

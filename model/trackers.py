@@ -1,32 +1,64 @@
-"""Experiment trackers on request: Weights & Biases, TensorBoard, trackio. None can stop or fail a training run."""
+"""Experiment trackers on request. Each works in a thread of its own behind a bounded queue: none can stop, fail or slow a run.
+
+    trackers = open_trackers(("wandb",), directory, run_id=..., name=..., tags=..., config=...)
+    for tracker in trackers:
+        tracker.begin(rows, resume_step)      # rows: what metrics.jsonl holds; those that a tracker lacks are sent again
+    tracker.log(step, metrics)                # returns at once, whatever the service does
+    tracker.sync()                            # at a checkpoint: what is sure to be delivered is noted
+    close_trackers(trackers)                  # waits 30 s at most
+
+What a service is sure to have is in `trackers.json` (`model.deliveries`), so after a kill nothing is lost: a row may be sent
+twice, never not at all. The services themselves are in `model.tracker_services`.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
-import os
-from collections.abc import Callable
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
+
+from model.deliveries import Deliveries
+from model.secret_text import without_secrets
+from model.tracker_services import SERVICES, Service, Session
 
 TrackerName = Literal["wandb", "tensorboard", "trackio"]
 PACKAGES: dict[str, str] = {"wandb": "wandb", "tensorboard": "tensorboardX", "trackio": "trackio"}
 
-# A training run does not wait longer for a service that only watches it.
-ONLINE_SECONDS = 20
+CAPACITY = 1000  # rows that wait for a service; at a row every 10 s nearly three hours of it being away
+CLOSE_SECONDS = 30.0
+
+Row = tuple[int, dict[str, Any]]
+Tell = Callable[[str], None]
 
 _logger = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
-    """Where metrics go besides metrics.jsonl."""
+    """Where metrics go besides metrics.jsonl. No method waits for a service, but for `wait`."""
 
-    def log(self, step: int, metrics: dict[str, Any]) -> None:
-        """Records the metrics of one step."""
+    def begin(self, rows: Sequence[dict[str, Any]], resume_step: int) -> None:
+        """Starts; `rows` of earlier attempts, up to `resume_step`, are sent again where they may be missing."""
         ...
 
-    def close(self) -> None:
-        """Flushes what is pending."""
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        """Takes the metrics of one step."""
+        ...
+
+    def sync(self) -> None:
+        """Asks for a note of what was delivered."""
+        ...
+
+    def end(self) -> None:
+        """No more rows will come."""
+        ...
+
+    def wait(self, deadline: float) -> bool:
+        """Waits until all is delivered, not beyond `deadline` of `time.monotonic`. Whether it ended."""
         ...
 
 
@@ -51,105 +83,153 @@ def open_trackers(
     name: str,
     tags: tuple[str, ...],
     config: Any,
-    tell: Callable[[str], None] = _logger.warning,
+    tell: Tell = _logger.warning,
 ) -> list[Tracker]:
-    """The trackers asked for, each wrapped so that its failure is one message to `tell`, not the end of the run."""
-    openers = {"wandb": _Wandb, "tensorboard": _TensorBoard, "trackio": _Trackio}
-    opened: list[Tracker] = []
-    for tracker in names:
-        try:
-            inner = openers[tracker](directory, run_id=run_id, name=name, tags=tags, config=config, tell=tell)
-            opened.append(_Careful(tracker, tell, inner))
-        except Exception as error:
-            tell(f"{tracker} did not start ({error}): metrics go on to metrics.jsonl")
-    return opened
+    """The trackers asked for. Their failures are messages to `tell`, one each, not the end of the run."""
+    deliveries = Deliveries(directory / "trackers.json", tell)
+    session = Session(directory=directory, run_id=run_id, name=name, tags=tags, config=config, tell=tell)
+    return [TrackerThread(tracker, SERVICES[tracker], session, deliveries) for tracker in names]
 
 
-class _Careful:
-    """Passes calls on until one fails, then says so once and stays quiet."""
+def close_trackers(trackers: Iterable[Tracker], seconds: float = CLOSE_SECONDS) -> bool:
+    """Delivers what is left, waiting at most `seconds` for all together. False where one is given up: its thread may hang for ever."""
+    trackers = list(trackers)
+    for tracker in trackers:
+        tracker.end()
+    deadline = time.monotonic() + seconds
+    ended = [tracker.wait(deadline) for tracker in trackers]
+    return all(ended)
 
-    def __init__(self, name: str, tell: Callable[[str], None], inner: Tracker) -> None:
-        self._name, self._tell, self._inner = name, tell, inner
-        self._broken = False
+
+class TrackerThread:
+    """Hands rows to one service. A failure is told once; from then on the rows are in metrics.jsonl alone, until the next attempt."""
+
+    def __init__(
+        self,
+        name: str,
+        open_service: Callable[[Session], Service],
+        session: Session,
+        deliveries: Deliveries,
+        *,
+        capacity: int = CAPACITY,
+    ) -> None:
+        self._name, self._open, self._session, self._deliveries = name, open_service, session, deliveries
+        self._capacity = capacity
+        self._changed = threading.Condition()
+        self._queue: deque[Row] = deque()
+        self._again: deque[Row] = deque()
+        self._handed = 0  # newest step that the service took
+        self._marks: deque[tuple[float, int]] = deque()  # when it was asked to sync, and what it had been handed by then
+        self._sync_asked = self._ending = self._failed = self._dropped = False
+        self._thread = threading.Thread(target=self._run, name=f"tracker-{name}", daemon=True)
+
+    def begin(self, rows: Sequence[dict[str, Any]], resume_step: int) -> None:
+        """Starts the thread, which opens the service."""
+        self._handed = min(self._deliveries.step(self._name), resume_step)
+        self._again.extend(_without_step(row) for row in rows if row["step"] > self._handed)
+        self._thread.start()
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
-        self._call("log", step, metrics)
+        """Puts a row into the queue; a full one loses its oldest, which the next attempt sends again."""
+        with self._changed:
+            if self._failed:
+                return
+            full = len(self._queue) == self._capacity
+            if full:
+                self._queue.popleft()
+            first_drop, self._dropped = full and not self._dropped, full or self._dropped
+            self._queue.append((step, metrics))
+            self._changed.notify()
+        if first_drop:
+            self._tell(f"is {self._capacity} rows behind, so it loses the oldest: metrics.jsonl has them all")
 
-    def close(self) -> None:
-        self._call("close")
+    def sync(self) -> None:
+        """Asks the thread to note what the service is sure to have."""
+        with self._changed:
+            self._sync_asked = True
+            self._changed.notify()
 
-    def _call(self, method: str, *args: Any) -> None:
-        if self._broken:
+    def end(self) -> None:
+        """Lets the thread end once the queue is empty."""
+        with self._changed:
+            self._ending = True
+            self._changed.notify()
+
+    def wait(self, deadline: float) -> bool:
+        """Waits for the thread; says what was not delivered where it does not end in time."""
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        if not self._thread.is_alive():
+            return True
+        with self._changed:
+            left, self._failed = len(self._queue) + len(self._again), True
+        self._tell(f"does not finish, so it is given up: rows after step {self._handed} ({left} of them waiting) are in metrics.jsonl only")
+        return False
+
+    def _run(self) -> None:
+        try:
+            service = self._open(
+                self._session.to_start_at(self._handed + 1, lambda at_least: self._deliveries.reserve_rows(self._name, at_least))
+            )
+        except Exception as error:
+            self._fail("did not start", error)
             return
         try:
-            getattr(self._inner, method)(*args)
+            while (item := self._next()) is not None:
+                if isinstance(item, tuple):
+                    step, metrics = item
+                    service.log(step, {key: _number(value) for key, value in metrics.items()})
+                    self._handed = max(self._handed, step)
+                else:
+                    service.flush()
+                    self._marks.append((time.monotonic(), self._handed))
+                    self._note_settled(service.settle_seconds)
+            service.close()
+            self._note(self._handed)
         except Exception as error:
-            self._broken = True
-            self._tell(f"{self._name} stopped working ({error}): metrics go on to metrics.jsonl")
+            self._fail("stopped working", error)
+
+    def _next(self) -> Row | bool | None:
+        """The next row, True for a sync that was asked for, None at the end."""
+        with self._changed:
+            while True:
+                if self._sync_asked and not self._again:
+                    self._sync_asked = False
+                    return True
+                if self._again:
+                    return self._again.popleft()
+                if self._queue:
+                    return self._queue.popleft()
+                if self._ending:
+                    return None
+                self._changed.wait()
+
+    def _note_settled(self, seconds: float) -> None:
+        sure: int | None = None
+        while self._marks and self._marks[0][0] <= time.monotonic() - seconds:
+            sure = self._marks.popleft()[1]
+        if sure is not None:
+            self._note(sure)
+
+    def _note(self, step: int) -> None:
+        if not self._dropped:
+            self._deliveries.note(self._name, step)
+
+    def _fail(self, how: str, error: Exception) -> None:
+        with self._changed:
+            given_up, self._failed = self._failed, True
+            self._queue.clear()
+            self._again.clear()
+        if not given_up:
+            self._tell(f"{how} ({error}): metrics go on to metrics.jsonl")
+
+    def _tell(self, what: str) -> None:
+        self._session.tell(without_secrets(f"{self._name} {what}"))
 
 
-class _Wandb:
-    """Weights & Biases; without an API key, or an answer, everything is kept offline below the run's directory."""
-
-    def __init__(self, directory: Path, *, run_id: str, name: str, tags: tuple[str, ...], config: Any, tell: Callable[[str], None]) -> None:
-        import wandb
-
-        self._wandb = wandb
-        online = bool(os.environ.get("WANDB_API_KEY")) and os.environ.get("WANDB_MODE") != "offline"
-        options: Any = {
-            "project": os.environ.get("WANDB_PROJECT", "prefect-llama"),
-            "id": run_id,
-            "name": name[:64],
-            "tags": list(tags),
-            "config": config,
-            "dir": str(directory),
-            "settings": wandb.Settings(init_timeout=ONLINE_SECONDS),
-        }
-        try:
-            self._run = wandb.init(**options, mode="online" if online else "offline", resume="allow" if online else None)
-        except Exception as error:
-            if not online:
-                raise
-            tell(f"wandb does not answer ({error}): this run is kept offline below {directory / 'wandb'}; `wandb sync` sends it")
-            wandb.teardown()
-            self._run = wandb.init(**options, mode="offline")
-        # A custom x axis: W&B drops rows whose own step went backwards, as after a resume.
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
-
-    def log(self, step: int, metrics: dict[str, Any]) -> None:
-        self._run.log({"step": step, **metrics})
-
-    def close(self) -> None:
-        self._run.finish()
-        # finish() may return while W&B's own process still writes its file; that process ends only when all is written.
-        self._wandb.teardown()
+def _without_step(row: dict[str, Any]) -> Row:
+    return row["step"], {key: value for key, value in row.items() if key != "step"}
 
 
-class _TensorBoard:
-    def __init__(self, directory: Path, *, run_id: str, name: str, tags: tuple[str, ...], config: Any, tell: Callable[[str], None]) -> None:
-        from tensorboardX import SummaryWriter
-
-        self._writer = SummaryWriter(str(directory / "tensorboard"))
-
-    def log(self, step: int, metrics: dict[str, Any]) -> None:
-        for key, value in metrics.items():
-            if isinstance(value, int | float):
-                self._writer.add_scalar(key, value, step)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _Trackio:
-    def __init__(self, directory: Path, *, run_id: str, name: str, tags: tuple[str, ...], config: Any, tell: Callable[[str], None]) -> None:
-        import trackio
-
-        self._trackio = trackio
-        trackio.init(project="prefect-llama", name=f"{name[:40]}-{run_id[:8]}", config=config, resume="allow")
-
-    def log(self, step: int, metrics: dict[str, Any]) -> None:
-        self._trackio.log(metrics, step=step)
-
-    def close(self) -> None:
-        self._trackio.finish()
+def _number(value: Any) -> Any:
+    """The number that a row holds as text because JSON has none for it; other values as they are."""
+    return float(value) if value in ("nan", "inf", "-inf") else value

@@ -144,6 +144,13 @@ class SimpleTrainConfig(Config):
     sample_prompts: tuple[str, ...] = runtime(("The", "In the beginning", "Once upon a time"), description="Prompts of the samples.")
     sample_tokens: int = runtime(64, ge=1, description="Tokens generated after each prompt, or as many as model.seq_len has room for.")
 
+    watchdog_minutes: float | None = runtime(
+        15.0, gt=0, description="End the process if a step takes longer, with all stacks in a file; compiling, evaluating: 4 times that."
+    )
+    profiler: bool = runtime(False, description="Trace some steps with jax.profiler, into `profile/` of the run's directory.")
+    profiler_start_step: int = runtime(5, ge=1, description="Steps of this process before the trace: compiling is not traced.")
+    profiler_num_steps: int = runtime(100, ge=1, description="Steps that are traced.")
+
     @field_validator("optimizer", "lr_schedule", mode="before")
     @classmethod
     def _known(cls, value: Any, info: ValidationInfo) -> Any:

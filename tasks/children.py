@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from model.child import child_environment, events
+from model.child import HUNG, child_environment, events
 
 SAVE_SECONDS = 25.0  # what a preempted Cloud TPU VM grants, less some
 
@@ -35,7 +35,8 @@ def run_child(module: str, arguments: list[str], on_event: Callable[[dict[str, A
     """Runs `python -m module arguments` and passes each JSON object it prints to `on_event`.
 
     Raises:
-        ChildFailed: with the message of its `{"event": "error"}` line, or its last words on standard error.
+        ChildFailed: with the message of its `{"event": "error"}` line, or its last words on standard error; also where it hung
+            and ended itself.
         ChildStopped: it ended with `stopped_status`, or was stopped by `stop_children`.
     """
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as stderr:
@@ -62,7 +63,7 @@ def run_child(module: str, arguments: list[str], on_event: Callable[[dict[str, A
                 _running.discard(process)
         if process.returncode == 0:
             return
-        if process.returncode == stopped_status or (_stopping.is_set() and error is None):
+        if process.returncode == stopped_status or (_stopping.is_set() and error is None and process.returncode != HUNG):
             raise ChildStopped(f"{module} was stopped")
         raise ChildFailed(error or _last_words(module, process.returncode, stderr))
 
@@ -84,6 +85,8 @@ def _last_words(module: str, status: int, stderr: Any) -> str:
     tail = "".join(stderr.readlines()[-25:]).strip()
     if status == -signal.SIGKILL:
         return f"{module} was killed by the system, most often for using too much memory: use a smaller model, batch or sequence. {tail}"
+    if status == HUNG:
+        return f"{module} hung and ended itself; what its threads were doing: {tail}"
     how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
     return f"{module} ended with {how}: {tail or 'it printed no error'}"
 

@@ -20,7 +20,7 @@ from model.job import TrainingJob
 from tasks.formatting import duration, number
 
 UI_SECONDS = 5.0
-LOG_SECONDS = 15.0
+LOG_SECONDS = 1.0  # at most one log line in so much time
 
 
 class TrainingReport:
@@ -36,6 +36,7 @@ class TrainingReport:
         self._bar_task = TaskID(0)
         self._progress_id: UUID | None = None
         self._shown_in_ui = self._shown_in_log = 0.0
+        self._logged_step: int | None = None
         self._api_failed = False
 
     def __enter__(self) -> TrainingReport:
@@ -117,13 +118,19 @@ class TrainingReport:
             self._bar.update(self._bar_task, completed=self.step, loss=loss, speed=speed, left=left)
         now = time.monotonic()
         total = self._job.train.num_train_steps
-        if self._bar is None and (now - self._shown_in_log > LOG_SECONDS or self.step == total):
-            self._shown_in_log = now
+        if self._bar is None and (self._log_due(now) or self.step == total):
+            self._shown_in_log, self._logged_step = now, self.step
             self._log.info("step %d/%d  loss %s  %s tok/s  %s left", self.step, total, loss, speed, left)
         if self._progress_id is not None and (now - self._shown_in_ui > UI_SECONDS or self.step == total):
             self._shown_in_ui = now
             progress_id, percent = self._progress_id, 100.0 * self.step / total
             self._api(lambda: update_progress_artifact(progress_id, progress=percent))
+
+    def _log_due(self, now: float) -> bool:
+        """One line every `steps_per_log` steps, and for the first; of fast steps fewer."""
+        every = self._job.train.steps_per_log
+        new = self._logged_step is None or self.step // every > self._logged_step // every
+        return new and now - self._shown_in_log >= LOG_SECONDS
 
     def _on_eval(self, event: dict[str, Any]) -> None:
         text = f"step {event['step']} held-out: {held_out_line(event['metrics'])}"

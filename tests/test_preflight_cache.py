@@ -131,7 +131,7 @@ def test_a_damaged_entry_is_a_miss(own_cache: Path, damage: object) -> None:
 
 def test_the_key_is_what_the_program_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
     key = cache.cache_key(order())
-    assert cache.cache_key(order(learning_rate=1.0, num_train_steps=9, warmup=0.1)) == key
+    assert cache.cache_key(order(learning_rate=1.0, num_train_steps=9, warmup=0.1, profiler=True, watchdog_minutes=1.0)) == key
     assert cache.cache_key(order(train_batch_size=512)) != key
     assert cache.cache_key(order(z_loss_weight=0.0)) != key
     assert cache.cache_key(order().model_copy(update={"compiler_options": {"a": "b"}})) != key
