@@ -68,6 +68,8 @@ def test_changes_on_the_command_line_are_in_the_plan(tmp_path: Path) -> None:
         (["--force", "("], "is not a regular expression"),
         (["--root", "gs://bucket"], "only local directories are supported"),
         (["--text", "/nowhere/*.txt"], "matches no file"),
+        (["--model.hybrid-norm"], "the model could not be exported: model.hybrid_norm=True has no place in a Hugging Face"),
+        (["--model.attention-bias", "qkv", "--model.mlp-bias"], "the model could not be exported: no Hugging Face model has"),
         (["--model.logit-soft-cap", "30"], "the model could not be exported: model.logit_soft_cap=30 has no place in a Hugging Face"),
     ],
 )
