@@ -54,24 +54,24 @@ def run_command(arguments: list[str]) -> int:
 
     first = arguments[0] if arguments else ""
     if first in COMMANDS:
-        return _named_errors(lambda: COMMANDS[first](arguments[1:]))
+        return named_errors(lambda: COMMANDS[first](arguments[1:]))
     names = [entry.value for entry in Preset]
     if first and not first.startswith("-") and first not in names:
         print(f"error: unknown preset or command {first!r}{nearest(first, [*names, *COMMANDS])}", file=sys.stderr)
         print(f"presets: {', '.join(names)}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     chosen, rest = (first, arguments[1:]) if first in names else (Preset.DEBUG.value, arguments)
-    return _named_errors(lambda: _run(_parse(preset(chosen), rest, prog=f"train.py {chosen}"), chosen))
+    return named_errors(lambda: _run(_parse(preset(chosen), rest, prog=f"train.py {chosen}"), chosen))
 
 
 def run_experiments(runs: list[RunConfig], description: str) -> int:
     """Runs declared experiments one after the other, all with the flags of this command line; returns the exit status."""
     for run in runs:  # all are checked before the first one trains
-        status = _named_errors(lambda run=run: int(plan_run(run, root_directory(None)) is None))
+        status = named_errors(lambda run=run: int(plan_run(run, root_directory(None)) is None))
         if status:
             return status
     for run in runs:
-        status = _named_errors(lambda run=run: _run(_parse(run, sys.argv[1:], prog=run.name, description=description), None))
+        status = named_errors(lambda run=run: _run(_parse(run, sys.argv[1:], prog=run.name, description=description), None))
         if status:
             return status
     return 0
@@ -88,7 +88,7 @@ def _parse(default: RunConfig, arguments: list[str], *, prog: str, description: 
     )
 
 
-def _named_errors(command: Callable[[], int]) -> int:
+def named_errors(command: Callable[[], int]) -> int:
     """Runs a command; errors that carry their own explanation are printed as one message."""
     try:
         return command()

@@ -156,9 +156,16 @@ def _stored_tree(checkpointer: Any, directory: Path) -> Any:
 
 
 def read_progress(directory: Path) -> dict[str, Any]:
-    """The record beside the arrays of one committed checkpoint directory."""
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        return checkpointer.restore((directory / "progress").absolute())
+    """The record beside the arrays of one committed checkpoint directory, `checkpoints/<step>`.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+            return checkpointer.restore((directory / "progress").absolute())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{directory} cannot be used, its record is not there or damaged ({error}): take another step") from error
 
 
 def restore_params(directory: Path, abstract_params: Any, *, field: str = "params") -> Any:

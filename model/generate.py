@@ -1,4 +1,4 @@
-"""Text generation with a key/value cache: one compiled function for a whole batch of prompts.
+"""Text generation with a key/value cache, a whole batch of prompts at once; as it is made, or at the end.
 
     generate(params, config, [[1, 450, 2]], max_new_tokens=64, temperature=0.8, top_p=0.95, seed=0, eos_id=2)
 
@@ -12,6 +12,7 @@ G key/value heads, K head width, V vocabulary.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -54,6 +55,15 @@ class _State(NamedTuple):
     cache: Cache
 
 
+class _Sampling(NamedTuple):
+    """What may change from call to call without another compilation."""
+
+    temperature: np.float32
+    top_p: np.float32
+    seed: np.uint32
+    eos_id: np.int32  # -1: none
+
+
 def generate(
     params: Params,
     config: LlamaConfig,
@@ -85,10 +95,49 @@ def generate(
     Raises:
         ValueError: an argument is out of range, or a prompt leaves no room within `config.seq_len`.
     """
+    rows: list[list[int]] = [[] for _ in prompts]
+    for block in stream(
+        params,
+        config,
+        prompts,
+        block=max_new_tokens,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        eos_id=eos_id,
+        num_ids=num_ids,
+        compute_dtype=compute_dtype,
+    ):
+        for row, tokens in zip(rows, block, strict=True):
+            row += tokens
+    return rows
+
+
+def stream(
+    params: Params,
+    config: LlamaConfig,
+    prompts: list[list[int]],
+    *,
+    block: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float = 1.0,
+    seed: int,
+    eos_id: int | None = None,
+    num_ids: int | None = None,
+    compute_dtype: DTypeLike = jnp.float32,
+) -> Iterator[list[list[int]]]:
+    """The tokens of `generate` as they are made: after every `block` steps the new ones of each row, until all rows have ended.
+
+    The same programs run whatever `block` is, so the tokens do not depend on it. Arguments and errors are those of `generate`.
+    """
     _check_settings(config, max_new_tokens, temperature, top_p, seed)
     _check_prompts(config, prompts, max_new_tokens)
+    if block < 1:
+        raise ValueError(f"block={block}: ask for at least one token at a time")
     if not prompts:
-        return []
+        return iter(())
     longest = max(map(len, prompts))
     padded_length = -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
     padding_B = np.array([padded_length - len(prompt) for prompt in prompts], np.int32)
@@ -97,43 +146,58 @@ def generate(
         prompts_BP[row, padding_B[row] :] = prompt
     settings = _Settings(config, max_new_tokens, temperature == 0, num_ids, compute_dtype, _mesh_of(params))
     stop = np.int32(-1 if eos_id is None else eos_id)
-    output_BN = _generate(settings, params, prompts_BP, padding_B, np.float32(temperature), np.float32(top_p), np.uint32(seed), stop)
-    return [_up_to(row, eos_id) for row in np.asarray(output_BN).tolist()]
+    sampling = _Sampling(np.float32(temperature), np.float32(top_p), np.uint32(seed), stop)
+    return _blocks(settings, params, prompts_BP, padding_B, sampling, block)
+
+
+def _blocks(
+    settings: _Settings, params: Params, prompts_BP: np.ndarray, padding_B: np.ndarray, sampling: _Sampling, block: int
+) -> Iterator[list[list[int]]]:
+    state = _start(settings, params, prompts_BP, padding_B)
+    made, done_B = 0, np.zeros(len(padding_B), bool)
+    while made < settings.max_new_tokens and not done_B.all():
+        state = _advance(settings, params, state, np.int32(made + block), padding_B, sampling)
+        steps, now_done_B, output_BN = int(state.step), np.asarray(state.done_B), np.asarray(state.output_BN)
+        rows = output_BN[:, made:steps].tolist()
+        yield [[] if was else _up_to(row, int(sampling.eos_id)) for row, was in zip(rows, done_B.tolist(), strict=True)]
+        made, done_B = steps, now_done_B
 
 
 @functools.partial(jax.jit, static_argnums=(0,))
-def _generate(
-    settings: _Settings,
-    params: Params,
-    prompts_BP: jax.Array,
-    padding_B: jax.Array,
-    temperature: jax.Array,
-    top_p: jax.Array,
-    seed: jax.Array,
-    eos_id: jax.Array,
-) -> jax.Array:
-    """New tokens [B, N], int32; what follows a row's `eos_id` has no meaning."""
+def _start(settings: _Settings, params: Params, prompts_BP: jax.Array, padding_B: jax.Array) -> _State:
+    """The state before the first new token: the prompts are in the cache, which has room for all that may come."""
     batch = prompts_BP.shape[0]
-    row_keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(batch))
+    logits_BV, cache = _prefill(settings, params, prompts_BP, padding_B)
+    output_BN = jnp.zeros((batch, settings.max_new_tokens), jnp.int32)
+    return _State(jnp.zeros((), jnp.int32), output_BN, jnp.zeros(batch, bool), logits_BV, cache)
+
+
+@functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(2,))
+def _advance(settings: _Settings, params: Params, state: _State, last_step: jax.Array, padding_B: jax.Array, sampling: _Sampling) -> _State:
+    """The state after `last_step` new tokens, or where every row has ended; what follows a row's end has no meaning."""
+    rows = jnp.arange(state.done_B.shape[0])
+    row_keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(sampling.seed)))(rows)
+    prompt_length = state.cache[0].shape[3] - settings.max_new_tokens
 
     def unfinished(state: _State) -> jax.Array:
-        return (state.step < settings.max_new_tokens) & ~state.done_B.all()
+        return (state.step < jnp.minimum(last_step, settings.max_new_tokens)) & ~state.done_B.all()
 
     def next_token(state: _State) -> _State:
         if settings.greedy:
             tokens_B = jnp.argmax(state.logits_BV, axis=-1)
         else:
             step_keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, state.step)
-            tokens_B = jax.vmap(_sample, (0, 0, None, None))(step_keys, state.logits_BV, temperature, top_p)
+            tokens_B = jax.vmap(_sample, (0, 0, None, None))(step_keys, state.logits_BV, sampling.temperature, sampling.top_p)
         tokens_B = tokens_B.astype(jnp.int32)
         output_BN = state.output_BN.at[:, state.step].set(tokens_B)
-        logits_BV, cache = _decode(settings, params, tokens_B, prompts_BP.shape[1] + state.step, padding_B, state.cache)
-        return _State(state.step + 1, output_BN, state.done_B | (tokens_B == eos_id), logits_BV, cache)
+        logits_BV, cache = _decode(settings, params, tokens_B, prompt_length + state.step, padding_B, state.cache)
+        return _State(state.step + 1, output_BN, state.done_B | (tokens_B == sampling.eos_id), logits_BV, cache)
 
-    logits_BV, cache = _prefill(settings, params, prompts_BP, padding_B)
-    output_BN = jnp.zeros((batch, settings.max_new_tokens), jnp.int32)
-    start = _State(jnp.zeros((), jnp.int32), output_BN, jnp.zeros(batch, bool), logits_BV, cache)
-    return constrain(jax.lax.while_loop(unfinished, next_token, start).output_BN, (None, None), settings.mesh)
+    state = jax.lax.while_loop(unfinished, next_token, state)
+    # every process reads these whole
+    return state._replace(
+        output_BN=constrain(state.output_BN, (None, None), settings.mesh), done_B=constrain(state.done_B, (None,), settings.mesh)
+    )
 
 
 def _prefill(settings: _Settings, params: Params, prompts_BP: jax.Array, padding_B: jax.Array) -> tuple[jax.Array, Cache]:
@@ -231,5 +295,5 @@ def _mesh_of(params: Params) -> Mesh | None:
     return mesh if isinstance(mesh, Mesh) else None
 
 
-def _up_to(row: list[int], eos_id: int | None) -> list[int]:
+def _up_to(row: list[int], eos_id: int) -> list[int]:
     return row[: row.index(eos_id) + 1] if eos_id in row else row

@@ -85,9 +85,8 @@ class EvaluateHook(Periodic):
         """Logs `eval/...` at the current step."""
         began = time.perf_counter()
         sharding = batch_sharding(trainer.mesh)
-        metrics = evaluate(
-            self._sums_of, trainer.state.eval_params, self._components, sharding, max_batches=trainer.job.train.max_eval_batches
-        )
+        few, tags = trainer.job.train.max_eval_batches, trainer.job.eval_tags
+        metrics = evaluate(self._sums_of, trainer.state.eval_params, self._components, sharding, max_batches=few, tags=tags)
         trainer.metrics.log(trainer.step, {**metrics, "eval/total_time": time.perf_counter() - began})
         emit("eval", step=trainer.step, metrics=metrics)
 

@@ -24,6 +24,7 @@ class TrainingJob(Config):
     train: SimpleTrainConfig
     track: tuple[TrackerName, ...] = ()
     tags: tuple[str, ...] = ()
+    eval_tags: dict[str, tuple[str, ...]] = Field(default={}, description="Tags of the mixture's datasets, by name; see model.evaluation.")
 
     def identity_fields(self) -> dict[str, dict[str, Any]]:
         """The fields of the configuration that decide the result, for people who compare two runs."""

@@ -26,6 +26,30 @@ class MixtureTokenizer:
     bos_id: int | None
     eos_id: int
 
+    @classmethod
+    def of(cls, directory: Path, entry: Mapping[str, Any]) -> MixtureTokenizer:
+        """As `mixture.json` in `directory` names it."""
+        return cls(
+            path=_below(directory, entry["path"]),
+            digest=str(entry["digest"]),
+            vocab_size=int(entry["vocab_size"]),
+            bos_id=None if entry["bos_id"] is None else int(entry["bos_id"]),
+            eos_id=int(entry["eos_id"]),
+        )
+
+    @classmethod
+    def of_mixture(cls, directory: Path, fingerprint: str) -> MixtureTokenizer:
+        """The tokenizer of the mixture of that fingerprint in `directory`, whether or not its token stores are there.
+
+        Raises StoreError where the mixture is not there, or is another.
+        """
+        if (found := read_committed(directory)["fingerprint"]) != fingerprint:
+            raise StoreError(f"{directory} is the mixture {found[:16]}, not {fingerprint[:16]}")
+        try:
+            return cls.of(directory, json.loads((directory / MIXTURE_FILE).read_text(encoding="utf-8"))["tokenizer"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{directory / MIXTURE_FILE} cannot be read ({type(error).__name__}: {error})") from None
+
     def check(self) -> None:
         """Raises StoreError where the tokenizer is missing or damaged, or is not the one the tokens were made with."""
         from model.vocabularies.vocabulary import Vocabulary  # not needed to read tokens
@@ -109,13 +133,7 @@ class MixtureStore:
                 stages=_stages(value["stages"], [component.name for component in components]),
                 packing=_packing(value["packing"]),
                 simulated_epoching=None if simulated is None else _simulated(simulated),
-                tokenizer=MixtureTokenizer(
-                    path=_below(directory, tokenizer["path"]),
-                    digest=str(tokenizer["digest"]),
-                    vocab_size=int(tokenizer["vocab_size"]),
-                    bos_id=None if tokenizer["bos_id"] is None else int(tokenizer["bos_id"]),
-                    eos_id=int(tokenizer["eos_id"]),
-                ),
+                tokenizer=MixtureTokenizer.of(directory, tokenizer),
                 unigram_entropy=float(value["unigram_entropy"]),
             )
         except StoreError:

@@ -232,6 +232,7 @@ paloma: Mapping[str, Dataset] = MappingProxyType(
             f"{folder}/val/val*.jsonl.gz",
             format="jsonl",
             holdout=1.0,
+            tags=(f"paloma/{name}",),
             licence="AI2 ImpACT Low Risk, with exceptions by set",
             source_bytes=1_200_000_000 // 32,
         )

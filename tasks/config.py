@@ -64,6 +64,7 @@ class TrainingStep(Config):
     )
     track: tuple[TrackerName, ...] = runtime(())
     tags: tuple[str, ...] = runtime(())
+    eval_tags: dict[str, tuple[str, ...]] = runtime({}, description="The datasets' tags, by dataset name.")
 
 
 def beside_fields(train: SimpleTrainConfig) -> dict[str, Any]:

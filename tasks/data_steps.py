@@ -85,12 +85,13 @@ class Mixing(Config):
 
 @dataclass(frozen=True)
 class DataSteps:
-    """The data steps of one mixture. `downloads` has none for datasets that SeqIO reads itself."""
+    """The data steps of one mixture. `downloads` has none for datasets that SeqIO reads itself; `tags` are by dataset name."""
 
     downloads: tuple[Step, ...]
     tokenizer: Step
     tokens: tuple[Step, ...]
     mixture: Step
+    tags: dict[str, tuple[str, ...]]
 
 
 def mixture_steps(mixture: Mixture, execution: TokenizeConfig | None = None) -> DataSteps:
@@ -112,7 +113,8 @@ def mixture_steps(mixture: Mixture, execution: TokenizeConfig | None = None) -> 
         simulated_epoching=mixture.simulated_epoching,
     )
     mixing = Step(kind="mixtures", name=mixture.name, config=config, upstream=(tokenizer, *tokens, *downloads.values()))
-    return DataSteps(tuple(downloads.values()), tokenizer, tokens, mixing)
+    tags = {dataset.name: dataset.tags for dataset in mixture.datasets if dataset.tags}
+    return DataSteps(tuple(downloads.values()), tokenizer, tokens, mixing, tags)
 
 
 def expanded(mixture: Mixture) -> Mixture:
@@ -136,7 +138,8 @@ def expanded(mixture: Mixture) -> Mixture:
         names = {task: re.sub(r"[^A-Za-z0-9._-]", "-", f"{dataset.name}.{task}")[-64:].lstrip(".") for task in rates}
         shares[dataset.name] = {names[task]: rate / total for task, rate in rates.items()}
         for task, name in names.items():
-            datasets.append(Dataset(name=name, seqio_task=task, seqio_module=dataset.seqio_module, revision=dataset.revision))
+            fields = {"seqio_module": dataset.seqio_module, "revision": dataset.revision, "tags": dataset.tags}
+            datasets.append(Dataset(name=name, seqio_task=task, **fields))
 
     def spread(by_name: dict[str, Any], *, divide: bool) -> dict[str, Any]:
         parts = {name: shares.get(name, {name: 1.0}) for name in by_name}

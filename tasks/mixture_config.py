@@ -12,6 +12,7 @@ from model.config_base import Config, nearest, runtime
 from tasks.vocabularies import SentencePieceTraining, Tokenizer, TokenizerTraining
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
+_TAG = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
 _TFDS = "tfds://"
 # A password, or a query that signs: https://user:password@host, ...?X-Amz-Signature=...; not ${NAME}, which stands for one.
 _SECRET = re.compile(r"://[^/?#]*:(?!\$\{)[^/?#@]+@|[?&](?:[\w-]*[-_])?(?:signature|sig|token|secret|password|key)=(?!\$\{)", re.IGNORECASE)
@@ -96,6 +97,9 @@ class Dataset(Reading):
     revision: str | None = Field(default=None, description="Which version of the data this is, in its publisher's words.")
     licence: str | None = runtime(None, description="The licence of the data, for the record.")
     homepage: str | None = runtime(None, description="Where the data is described, for the record.")
+    tags: tuple[str, ...] = runtime(
+        (), description="Held-out numbers are also given over all datasets with a tag in common; `paloma/c4_en` has the tag `paloma` too."
+    )
     source_bytes: int | None = runtime(None, ge=0, description="About how much there is to download, where that is known ahead.")
     allow_test_in_train: bool = runtime(False, description="Train on files although their names say test or validation.")
     allow_links: bool = runtime(False, description="Follow symbolic links that lead out of the source's directory.")
@@ -119,6 +123,12 @@ class Dataset(Reading):
                 raise ValueError(f"dataset {self.name!r} has both source and seqio_task={named!r}; a task has its own source")
             if self.holdout:
                 raise ValueError(f"dataset {self.name!r}: holdout={self.holdout} with seqio_task; the task's own validation split is used")
+        for tag in self.tags:
+            if not _TAG.fullmatch(tag):
+                raise ValueError(
+                    f"dataset {self.name!r} has the tag {tag!r}: it is part of a metric's name, so use letters, digits, '.', '_' or '-', "
+                    "and '/' between levels"
+                )
         for source in self.sources:
             if _SECRET.search(source):
                 raise ValueError(
@@ -206,6 +216,12 @@ class Mixture(Config):
             raise ValueError(
                 f"mixture {self.name!r}: SeqIO allows no '-', so two of the datasets {', '.join(names)} get one name; rename one"
             )
+        for dataset in self.datasets:
+            for other in sorted({tag.split("/")[0] for tag in dataset.tags} & {*names} - {dataset.name}):
+                raise ValueError(
+                    f"dataset {dataset.name!r} has the tag {other!r}, which is the name of another dataset, so their numbers would have "
+                    "one name; rename one of them"
+                )
         stages = [("weights", self.weights), *((f"later_weights[{stage.step}]", stage.weights) for stage in self.later_weights)]
         for field, weights in stages:
             _check_weights(self.name, field, weights, names)

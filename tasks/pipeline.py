@@ -32,7 +32,9 @@ def run_steps(config: RunConfig) -> RunSteps:
     training = Step(
         kind="checkpoints",
         name=config.name,
-        config=TrainingStep(model=config.model, train=pinned, initial_weights=digest, track=config.track, tags=config.tags),
+        config=TrainingStep(
+            model=config.model, train=pinned, initial_weights=digest, track=config.track, tags=config.tags, eval_tags=data.tags
+        ),
         upstream=(data.mixture,),
     )
     export = Step(kind="hf", name=config.name, config=config.export, upstream=(training, data.mixture), subdirectory_of=training)

@@ -46,7 +46,7 @@ class RunSummary:
         return read_json_lines(self.directory / "metrics.jsonl")
 
     def held_out(self) -> list[tuple[str, float | None, float | None]]:
-        """`(component, nats per token, bits per byte)` of the last evaluation, all components together first."""
+        """`(component or tag, nats per token, bits per byte)` of the last evaluation, all components together first."""
         names = [key.split("/")[1] for key in self.final if key.startswith("eval/") and key.count("/") == 2 and key.endswith("/loss")]
         together = [("all", self.final.get("eval/loss"), self.final.get("eval/bpb"))] if "eval/loss" in self.final else []
         return together + [(name, self.final.get(f"eval/{name}/loss"), self.final.get(f"eval/{name}/bpb")) for name in names]

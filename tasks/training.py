@@ -39,6 +39,7 @@ def training_job(step: Step, directory: Path, mixture: Artifact) -> TrainingJob:
         train=config.train,
         track=config.track,
         tags=config.tags,
+        eval_tags=config.eval_tags,
     )
 
 

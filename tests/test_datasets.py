@@ -142,6 +142,11 @@ def test_sources_that_cannot_work_are_refused_with_a_remedy(tmp_path: Path) -> N
         ({"datasets": ({"name": "web", "source": "x", "min_document_bytes": 9},)}, "min_document_bytes=9 joins paragraphs"),
         ({"datasets": ({"name": "web", "source": "x", "tex_key": "t"},)}, r"no field 'tex_key' \(did you mean 'text_key'\?\)"),
         ({"name": "a b"}, "mixture.name='a b'"),
+        ({"datasets": ({"name": "web", "source": "x", "tags": ("a//b",)},)}, "dataset 'web' has the tag 'a//b'"),
+        (
+            {"datasets": ({"name": "web", "source": "x", "tags": ("own", "web")}, {"name": "own", "source": "y", "holdout": 1.0})},
+            "dataset 'web' has the tag 'own', which is the name of another",
+        ),
         ({"datasets": ({"name": "web", "source": "https://me:word@host/x.txt"},)}, r"a password or a signature in it.* write \$\{NAME\}"),
         ({"datasets": ({"name": "web", "source": "https://host/x.txt?X-Amz-Signature=1"},)}, "a password or a signature in it"),
     ],

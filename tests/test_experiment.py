@@ -10,6 +10,7 @@ import pytest
 
 from model.config import LlamaConfig
 from model.train_config import SimpleTrainConfig
+from tasks.config import TrainingStep
 from tasks.datasets import shakespeare_mixture
 from tasks.experiment import default_train, resolve_run, root_directory
 from tasks.pipeline import label, run_steps
@@ -30,6 +31,15 @@ def test_fields_that_do_not_change_the_result_are_no_identity() -> None:
     assert training(**same, accelerator_type="v4-128", tensor_parallel_size=2).fingerprint == training().fingerprint
     for name, value in {"learning_rate": 2e-3, "seed": 1, "z_loss_weight": 1e-4, "num_train_steps": 11, "beta2": 0.9}.items():
         assert training(**{name: value}).fingerprint != training().fingerprint, name
+
+
+def test_tags_of_datasets_reach_the_trainer_and_are_no_identity() -> None:
+    data = shakespeare_mixture()
+    tagged = tuple(dataset.model_copy(update={"tags": (f"bard/{dataset.name}",)}) for dataset in data.datasets)
+    steps = run_steps(default_train("mine", data.model_copy(update={"datasets": tagged}), MODEL, TRAIN))
+    assert isinstance(steps.training.config, TrainingStep)
+    assert steps.training.config.eval_tags == {"plays": ("bard/plays",), "sonnets": ("bard/sonnets",)}
+    assert steps.training.fingerprint == training().fingerprint
 
 
 def test_the_flow_takes_every_part_of_a_run() -> None:

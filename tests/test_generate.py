@@ -7,7 +7,7 @@ import pytest
 
 import model.generate
 from model.config import LlamaConfig
-from model.generate import generate
+from model.generate import generate, stream
 from model.llama import forward, init_params
 from model.partitioning import make_mesh, param_shardings
 
@@ -35,6 +35,22 @@ def test_greedy_with_the_cache_equals_forward_from_scratch(params: dict) -> None
     generated = generate(params, CONFIG, PROMPTS, max_new_tokens=12, temperature=0.0, seed=0)
     assert generated == [greedy_by_forward(params, prompt, 12) for prompt in PROMPTS]
     assert len({tuple(row) for row in generated}) == 3
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_stream_gives_the_same_tokens_in_blocks(params: dict, temperature: float) -> None:
+    settings = {"max_new_tokens": 12, "temperature": temperature, "seed": 3}
+    whole = generate(params, CONFIG, PROMPTS, **settings)
+    eos_id = whole[1][4]
+    for stop in (None, eos_id):
+        expected = generate(params, CONFIG, PROMPTS, **settings, eos_id=stop)
+        for block in (1, 5, 100):
+            blocks = list(stream(params, CONFIG, PROMPTS, **settings, block=block, eos_id=stop))
+            assert [[token for part in blocks for token in part[row]] for row in range(3)] == expected
+            assert max(len(row) for part in blocks for row in part) <= block
+            assert len(blocks) == -(-max(map(len, expected)) // block)
+    with pytest.raises(ValueError, match="block=0"):
+        stream(params, CONFIG, PROMPTS, **settings, block=0)
 
 
 def test_padding_of_the_vocabulary_is_never_drawn(params: dict) -> None:
@@ -111,9 +127,9 @@ def test_top_p_samples_from_the_nucleus_only(params: dict) -> None:
 
 def test_prompts_of_similar_length_share_one_compilation(params: dict) -> None:
     generate(params, CONFIG, [[1, 2]], max_new_tokens=3, temperature=0.5, seed=0)
-    before = model.generate._generate._cache_size()
+    before = model.generate._advance._cache_size()
     generate(params, CONFIG, [[1, 2, 3, 4]], max_new_tokens=3, temperature=0.9, top_p=0.5, seed=9, eos_id=4)
-    assert model.generate._generate._cache_size() == before
+    assert model.generate._advance._cache_size() == before
 
 
 def test_no_prompts_no_work(params: dict) -> None:

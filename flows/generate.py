@@ -1,0 +1,101 @@
+"""Goes on from a text with any trained model, and shows it as it is made.
+
+    python flows/generate.py artifacts/checkpoints/debug-2b2e... "To be, or not to be"
+    python flows/generate.py artifacts/checkpoints/debug-2b2e.../hf "Once" "Twice" --greedy
+
+Exit status: 0 done, 1 it broke, 2 the request was wrong, 130 stopped on request.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # Python puts flows/ first on the path; the packages are siblings of it.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import dataclasses
+import tempfile
+from typing import Any
+
+import tyro
+
+from flows.command_line import named_errors
+from model.durable import write_json
+from model.inference_jobs import CompletionJob
+from tasks.children import ChildFailed, run_child
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What to go on from, and how."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A run's directory, one of its checkpoints/<step>, or a directory with a Hugging Face Llama and its tokenizer."""
+    prompts: tyro.conf.Positional[tuple[str, ...]]
+    """The texts; each is continued on its own."""
+    max_new_tokens: int | None = None
+    """Longest continuation; unset: 128, or what the model's context has room for."""
+    temperature: float = 0.8
+    """Divides the logits; 0 always takes the likeliest token."""
+    top_p: float = 0.95
+    """Sample from the smallest set of tokens that holds this probability; 1 is all."""
+    greedy: bool = False
+    """Always take the likeliest token: temperature 0."""
+    seed: int = 0
+    """Of the sampling; the same seed gives the same text."""
+
+
+class Terminal:
+    """Prompts and what follows them, on standard output."""
+
+    def __init__(self, prompts: tuple[str, ...]) -> None:
+        self._prompts, self._begun = prompts, -1
+        self.refused = False
+
+    def on_event(self, event: dict[str, Any]) -> None:
+        """Shows one event of the completion process."""
+        if event["event"] == "error":
+            self.refused = True
+            return
+        if event["prompt"] != self._begun:
+            self._begun = event["prompt"]
+            print("\n" * (self._begun > 0) + self._prompts[self._begun], end="")
+        print(event.get("text", "\n"), end="", flush=True)
+
+
+def main(arguments: list[str]) -> int:
+    """Runs one command line; returns the exit status."""
+    options = tyro.cli(Arguments, args=arguments, prog="generate.py", description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    try:
+        return named_errors(lambda: _complete(options))
+    except KeyboardInterrupt:
+        return 130
+
+
+def _complete(options: Arguments) -> int:
+    if options.greedy and options.temperature not in (0, 0.8):
+        raise ValueError(f"--greedy and --temperature={options.temperature} contradict each other: leave one of them out")
+    job = CompletionJob(
+        model=options.checkpoint.absolute(),
+        prompts=options.prompts,
+        max_new_tokens=options.max_new_tokens,
+        temperature=0.0 if options.greedy else options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    terminal = Terminal(options.prompts)
+    with tempfile.TemporaryDirectory() as place:
+        job_file = Path(place) / "job.json"
+        write_json(job_file, job.model_dump(mode="json"))
+        try:
+            run_child("model.completion", [str(job_file)], terminal.on_event)
+        except ChildFailed as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2 if terminal.refused else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,22 @@
+"""What the processes that use a trained model are told: one JSON file that the parent writes and they read. Free of JAX."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from model.config_base import Config
+
+
+class CompletionJob(Config):
+    """Prompts to go on from, for `python -m model.completion`."""
+
+    model: Path = Field(description="A run's directory, one of its checkpoints, or a Hugging Face directory.")
+    prompts: tuple[str, ...] = Field(min_length=1, description="Each is continued on its own.")
+    max_new_tokens: int | None = Field(
+        default=None, ge=1, description="Longest continuation; unset: 128, or what the context has room for."
+    )
+    temperature: float = Field(default=0.8, ge=0, description="Divides the logits; 0 takes the likeliest token.")
+    top_p: float = Field(default=0.95, gt=0, le=1, description="Sample from the likeliest tokens that hold this probability.")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="Of the sampling.")
