@@ -34,6 +34,11 @@ def per_layer_norms(tree: Any, prefix: str) -> dict[str, jax.Array]:
     return {f"{prefix}/total": jnp.sqrt(total), **{f"{prefix}/{name}": jnp.sqrt(square) for name, square in squares.items()}}
 
 
+def watched_norms(grads: Any, params: Any) -> dict[str, jax.Array]:
+    """`grad/norm/...` and `params/norm/...`, as `per_layer_norms` gives them."""
+    return per_layer_norms(grads, "grad/norm") | per_layer_norms(params, "params/norm")
+
+
 def named_norms(norms: Mapping[str, np.ndarray]) -> dict[str, float]:
     """A number a name, of what `jax.device_get` brought: `grad/norm/layers/wq` [L] becomes `grad/norm/layers/wq/0` and so on."""
     named: dict[str, float] = {}

@@ -144,6 +144,7 @@ class SimpleTrainConfig(Config):
     sample_prompts: tuple[str, ...] = runtime(("The", "In the beginning", "Once upon a time"), description="Prompts of the samples.")
     sample_tokens: int = runtime(64, ge=1, description="Tokens generated after each prompt, or as many as model.seq_len has room for.")
 
+    watch_norms: bool = runtime(True, description="Log the norm of every parameter and gradient, a layer's own where layers are stacked.")
     watchdog_minutes: float | None = runtime(
         15.0, gt=0, description="End the process if a step takes longer, with all stacks in a file; compiling, evaluating: 4 times that."
     )

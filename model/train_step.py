@@ -20,6 +20,7 @@ from model.config import LlamaConfig
 from model.context_parallel import context_size, spread_order
 from model.linear import Precision
 from model.losses import LossSums, next_token_loss
+from model.norms import watched_norms
 from model.optimizer import make_optimizer
 from model.outliers import clip_metrics
 from model.parameters import init_params, param_shapes
@@ -178,9 +179,10 @@ def make_train_step(config: LlamaConfig, train: SimpleTrainConfig, mesh: Mesh, n
             "train/cross_entropy": sums.cross_entropy / sums.weight,
             "train/z_loss": sums.z_loss / sums.weight,
             "train/tokens": sums.weight,
-            "grad/norm/total": grad_norm,
             "finite": good | train.skip_bad_steps,
             **clip_metrics(opt_state),
+            **(watched_norms(grads, params) if train.watch_norms else {}),
+            "grad/norm/total": grad_norm,
         }
         if recent is not None:
             after = after._replace(step=state.step + 1, recent=recent)

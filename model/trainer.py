@@ -26,12 +26,16 @@ from model.feed import BatchFeed
 from model.hooks import Hook, make_hooks
 from model.job import TrainingJob
 from model.learning_rate import learning_rate_schedule
+from model.memory import memory_metrics
 from model.metrics import JsonLines, MetricsLog
 from model.mixture_store import MixtureStore
+from model.norms import named_norms
+from model.profiler import Profiler
 from model.requests import Request, Requests
-from model.speed import Speedometer
+from model.speed import Speedometer, run_constants
 from model.trackers import open_trackers
 from model.train_step import compile_train_step
+from model.watchdog import Watchdog
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -47,6 +51,7 @@ class Trainer:
 
     def __init__(self, job: TrainingJob) -> None:
         self.job = job
+        self.watchdog = Watchdog(job.directory, minutes=job.train.watchdog_minutes, process_index=jax.process_index())
         self.mixture = MixtureStore.open(job.mixture)
         self.mixture.tokenizer.check()
         self.config = job.model.with_vocab(self.mixture.tokenizer.vocab_size)
@@ -85,10 +90,18 @@ class Trainer:
             run_id=self.job.fingerprint[:16],
             name=self.job.name,
             tags=self.job.tags,
-            config=self.job.model_dump(mode="json"),
+            config={**self.job.model_dump(mode="json"), **run_constants(self.config, self.seq_len)},
         )
         self.metrics = MetricsLog(self.records / "metrics.jsonl", self.step, trackers)
         self.samples = JsonLines(self.records / "samples.jsonl", self.step)
+        train = self.job.train
+        self.profiler = Profiler(
+            self.records / "profile",
+            enabled=train.profiler,
+            start_step=train.profiler_start_step,
+            num_steps=train.profiler_num_steps,
+            tell=tell,
+        )
 
     def progress(self) -> dict[str, Any]:
         """What a checkpoint records beside the arrays."""
@@ -131,28 +144,33 @@ class Trainer:
         if self._pending is not None:
             step, metrics, said = self._pending
             self._pending = None
-            self._record(step, jax.device_get(metrics))
+            self._record(step, metrics)
             self.requests.hear(said)
 
     def _run_hooks(self, due: list[Hook]) -> None:
         if due:
             self._settle()
             for hook in due:
-                hook.run(self)
+                with self.watchdog.longer(type(hook).__name__):
+                    hook.run(self)
             self.speed.pause()
 
-    def _record(self, step: int, metrics: dict[str, np.ndarray]) -> None:
-        values = {name: float(value) for name, value in metrics.items()}
+    def _record(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        logged = step % self.job.train.steps_per_log == 0 or step in (1, self.last_step)
+        # The norms of single layers are arrays, fetched when they are written; all others are numbers.
+        values = named_norms(jax.device_get({name: value for name, value in metrics.items() if logged or value.ndim == 0}))
+        self.watchdog.beat(step)
+        self.profiler.step_done()
         if not values.pop("finite"):
             self.metrics.sync()
             raise NonFiniteLoss(step, self._what_broke(step, values))
         check_skipped_steps(step, values, self.job.train)
         self.step = step
         speed = self.speed.step_done(step, self._loading_seconds.pop(step))
-        if step % self.job.train.steps_per_log == 0 or step in (1, self.last_step):
-            rate = float(np.asarray(learning_rate_schedule(self.job.train)(step - 1)))
+        if logged:
+            rate = {"optim/learning_rate": float(np.asarray(learning_rate_schedule(self.job.train)(step - 1)))}
             loader = {"throughput/loader_occupancy": self.feed.occupancy()}
-            self.metrics.log(step, {**values, "optim/learning_rate": rate, **speed, **loader})
+            self.metrics.log(step, {**values, **rate, **speed, **self.speed.hook_time(), **loader, **memory_metrics()})
         emit(
             "progress",
             step=step,
@@ -162,6 +180,11 @@ class Trainer:
         )
 
     def _what_broke(self, step: int, values: dict[str, float]) -> str:
+        if not values["train/tokens"]:
+            return (
+                f"step {step}, {self.data.describe(step - 1)}: no token of this batch counts for the loss, so there is nothing to learn "
+                f"from: raise train.train_batch_size (now {self.job.train.train_batch_size}), or mix in data of which more counts"
+            )
         return (
             f"step {step}, {self.data.describe(step - 1)}: loss {values['train/loss']}, gradient norm {values['grad/norm/total']}: not "
             f"finite, so the weights were not updated. The last good checkpoint is step {self.checkpoints.latest_step()}; lower "
@@ -171,10 +194,12 @@ class Trainer:
 
     def close(self) -> None:
         """Closes what is open; the last checkpoint is committed when this returns."""
-        self.metrics.close()
+        self.profiler.close()
+        self.trackers_hang = not self.metrics.close()
         self.samples.close()
         self.checkpoints.close()
         self.feed.close()
+        self.watchdog.close()
 
 
 def tell(message: str) -> None:

@@ -41,12 +41,15 @@ def main(job_file: Path) -> int:
         join_processes(job.train)
         check_devices(job.train)
         keep_compiled_programs(job.directory)
-        step = train(job, signals, began)
-        done = step == job.train.num_train_steps
+        trainer = train(job, signals, began)
+        done = trainer.step == trainer.last_step
         if done and is_leader():
             shutil.rmtree(job.directory / COMPILED, ignore_errors=True)  # nobody continues a finished run
-        emit("done" if done else "stopped", step=step)
-        return 0 if done else STOPPED
+        emit("done" if done else "stopped", step=trainer.step)
+        status = 0 if done else STOPPED
+        if trainer.trackers_hang:
+            os._exit(status)  # their libraries would wait at exit for what does not answer
+        return status
     except Exception as error:
         if not isinstance(error, ValueError | ArithmeticError | OSError):
             traceback.print_exc()  # nothing we foresaw: the log needs the place
@@ -54,15 +57,15 @@ def main(job_file: Path) -> int:
         return 1
 
 
-def train(job: TrainingJob, signals: Signals, began: float) -> int:
-    """Runs the job to its end or to a stop, over data that breaks it as often as the job allows; returns the last step."""
+def train(job: TrainingJob, signals: Signals, began: float) -> Trainer:
+    """Runs the job to its end or to a stop, over data that breaks it as often as the job allows."""
     while True:
         trainer = Trainer(job)
         signals.go_to(trainer)
         emit("start", **describe(trainer, time.perf_counter() - began))
         try:
             trainer.run()
-            return trainer.step
+            return trainer
         except NonFiniteLoss as error:
             trainer.close()
             go_back(trainer, error)

@@ -64,9 +64,9 @@ def curve(directory: Path) -> dict[int, float]:
 def test_it_goes_back_to_the_checkpoint_and_over_the_data_since(mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "expected").mkdir()
     skip_data(tmp_path / "expected", 4, 24, "rows 32 to 55")
-    assert train(job(tmp_path / "expected", mixture), NoSignals(), 0.0) == 12  # pyright: ignore[reportArgumentType]
+    assert train(job(tmp_path / "expected", mixture), NoSignals(), 0.0).step == 12  # pyright: ignore[reportArgumentType]
     poison(monkeypatch, 50)
-    assert train(job(tmp_path / "run", mixture, max_rollbacks=1), NoSignals(), 0.0) == 12  # pyright: ignore[reportArgumentType]
+    assert train(job(tmp_path / "run", mixture, max_rollbacks=1), NoSignals(), 0.0).step == 12  # pyright: ignore[reportArgumentType]
     skipped = json.loads((tmp_path / "run" / SKIPPED_DATA).read_text())["skipped"]
     assert [(one["step"], one["rows"]) for one in skipped] == [(4, 24)]
     assert skipped[0]["why"].startswith("step 7, rows 48 to 55 (a ")

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from model.job import TrainingJob
 from model.metrics import read_json_lines
+from model.trainer import NonFiniteLoss, Trainer
 from tests.training_processes import CHECKOUT, STEPS, finish, losses, make_mixture, read_until, start, write_job
 
 
@@ -194,3 +196,22 @@ def test_samples_are_as_long_as_there_is_room(mixture: Path, tmp_path: Path) -> 
     status, events, err = finish(start(write_job(tmp_path / "run", mixture, num_train_steps=1, sample_tokens=1000)))
     assert status == 0, err
     assert any(event["event"] == "samples" for event in events)
+
+
+def test_the_norms_of_layers_and_the_memory_are_in_the_log(undisturbed: Path) -> None:
+    row = read_json_lines(undisturbed / "metrics.jsonl")[-1]
+    layers = [row[f"grad/norm/layers/wq/{layer}"] for layer in range(2)]
+    others = [value for name, value in row.items() if name.startswith("grad/norm/") and name != "grad/norm/total"]
+    assert all(layer > 0 for layer in layers)
+    assert sum(value**2 for value in others) ** 0.5 == pytest.approx(row["grad/norm/total"], rel=1e-5)
+    assert {"params/norm/total", "params/norm/embed", "host/memory_gib", "throughput/hook_time", "run_progress"} <= row.keys()
+
+
+def test_a_batch_without_a_token_that_counts_is_named(mixture: Path, tmp_path: Path) -> None:
+    job = TrainingJob.model_validate_json(write_job(tmp_path / "run", mixture, train_batch_size=8).read_text())
+    trainer = Trainer(job)
+    batch = trainer.feed.take()
+    _, metrics = trainer.train_step(trainer.state, {**batch, "loss_weights": batch["loss_weights"] * 0})
+    with pytest.raises(NonFiniteLoss, match=r"step 1, rows 0 to 7 .*: no token of this batch counts for the loss"):
+        trainer._record(1, metrics)
+    trainer.close()
