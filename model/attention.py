@@ -23,7 +23,6 @@ from model.config import LlamaConfig
 from model.context_parallel import context_size, restore_order, spread_order
 from model.flash_attention import MASKED, flash_attention
 from model.mesh import platform_of
-from model.splash_attention import splash_attention
 
 
 def attention(
@@ -46,6 +45,8 @@ def attention(
     backend, window = choose_backend(config, q_BHSK.shape[2], platform_of(mesh)), attention_window(config, q_BHSK.shape[2])
     block_size = config.flash_attention_block_size
     if backend == "splash":
+        from model.splash_attention import splash_attention  # importing the TPU kernels takes a while, and only a TPU has them
+
         return splash_attention(q_BHSK, k_BGSK, v_BGSK, segment_ids_BS, mesh, block_size=block_size, window=window)
     form = functools.partial(plain_attention, window=window)
     if backend == "flash":

@@ -66,7 +66,7 @@ class Trainer:
             job.directory / "checkpoints", keep_every=job.train.steps_per_export, max_to_keep=job.train.max_checkpoints
         )
         self.state, jumps, where, self.notes = begin(job, self.config, self.mesh, self.checkpoints, loader.state(0))
-        self.step = self._dispatched = int(self.state.step)
+        self.first_step = self.step = self._dispatched = int(self.state.step)
         self.data = DataPosition(loader, partitioning.batch_sharding(self.mesh), jumps)
         self.data.check(where, self.step, self.last_step)
         self._pending: tuple[int, Any, Any] | None = None
@@ -148,7 +148,7 @@ class Trainer:
             self.requests.hear(said)
 
     def _run_hooks(self, due: list[Hook]) -> None:
-        if due:
+        if due or self._dispatched == self.first_step + 1:  # who waits for the first step need not wait for the second
             self._settle()
             for hook in due:
                 with self.watchdog.longer(type(hook).__name__):
