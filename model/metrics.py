@@ -39,11 +39,18 @@ class JsonLines:
     def __init__(self, path: Path, resume_step: int) -> None:
         """Keeps the rows of earlier attempts up to `resume_step`: later ones will be computed again."""
         self._path = path
-        kept = [row for row in read_json_lines(path) if row["step"] <= resume_step]
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(temporary, path)
-        self._file = path.open("a", encoding="utf-8")
+        self._begin_with([row for row in read_json_lines(path) if row["step"] <= resume_step])
+
+    def _begin_with(self, rows: list[dict[str, Any]]) -> None:
+        temporary = self._path.with_name(self._path.name + ".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        os.replace(temporary, self._path)
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def replace_last(self, row: dict[str, Any]) -> None:
+        """Puts `row` in the place of the last one; a kill leaves the one or the other."""
+        self.close()
+        self._begin_with([*read_json_lines(self._path)[:-1], row])
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends one row; it reaches the operating system before this returns."""
@@ -69,7 +76,8 @@ class MetricsLog:
         self._lines = JsonLines(path, resume_step)
         self._trackers = trackers
         self._row: dict[str, Any] = {}
-        rows = read_json_lines(path) if trackers else []
+        rows = read_json_lines(path)
+        self._resumed = rows[-1] if rows else {}  # what is made up for at the resume step belongs to its row
         for tracker in trackers:
             tracker.begin(rows, resume_step)
 
@@ -84,7 +92,10 @@ class MetricsLog:
         if not self._row:
             return
         row, self._row = self._row, {}
-        self._lines.write(row)
+        if row["step"] == self._resumed.get("step"):
+            self._lines.replace_last({**self._resumed, **row})
+        else:
+            self._lines.write(row)
         for tracker in self._trackers:
             tracker.log(row["step"], {key: value for key, value in row.items() if key != "step"})
 

@@ -63,6 +63,20 @@ def test_killed_three_times_ends_bit_equal(mixture: Path, undisturbed: Path, tmp
     assert (tmp_path / "run" / "samples.jsonl").read_bytes() == (undisturbed / "samples.jsonl").read_bytes()
 
 
+def test_what_was_due_at_the_resume_step_is_made_up_for(mixture: Path, undisturbed: Path, tmp_path: Path) -> None:
+    process = start(write_job(tmp_path / "run", mixture, steps_per_eval=1000))
+    read_until(process, 5)
+    process.terminate()
+    stopped_at = finish(process)[1][-1]["step"]
+    status, events, err = finish(start(write_job(tmp_path / "run", mixture, steps_per_eval=stopped_at)))
+    assert status == 0, err
+    assert next(event["step"] for event in events if event["event"] == "eval") == stopped_at
+    rows = [row for row in read_json_lines(tmp_path / "run" / "metrics.jsonl") if row["step"] == stopped_at]
+    assert len(rows) == 1
+    assert rows[0]["train/loss"] == losses(undisturbed)[stopped_at][0]
+    assert rows[0]["eval/loss"] > 0
+
+
 def test_sigterm_saves_where_it_stands(mixture: Path, undisturbed: Path, tmp_path: Path) -> None:
     job = write_job(tmp_path / "run", mixture, steps_per_export=1000)
     process = start(job)
