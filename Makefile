@@ -32,9 +32,10 @@ test:  setup ; @$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -
 slow:  setup ; @$(PY) -m pytest -q -m "slow" $(ARGS)
 bench: setup ; @$(PY) benchmarks/run.py $(ARGS)
 
-# torch is no dependency. This version has a small build for CPU, which pip prefers wherever it finds one; 2.14's CUDA build crashed beside JAX.
+# torch is no dependency, nor is accelerate, which lm-eval's own backend needs. This version of torch has a small build for CPU, which pip prefers wherever it finds one; 2.14's CUDA build crashed beside JAX.
 oracle: setup
-	@$(PY) -c 'import torch, transformers' 2>/dev/null || $(PY) -m pip install -q --disable-pip-version-check 'torch==2.13.*'
+	@$(PY) -c 'import torch, transformers, accelerate' 2>/dev/null || \
+	  $(PY) -m pip install -q --disable-pip-version-check 'torch==2.13.*' accelerate
 	@$(PY) -m pytest -q -m "oracle" $(ARGS)
 
 check: setup

@@ -120,10 +120,10 @@ def _run(arguments: Arguments, preset_name: str | None) -> int:
     from tasks.children import ChildStopped
     from tasks.summary import RunSummary
 
-    _one_line_errors()
+    one_line_errors()
     use_temporary_server()
     # Prefect turns SIGTERM into an exception and, when the flow has ended, sends it again for the handler from before.
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         artifacts = train_llama(
             preset=Preset(preset_name or Preset.DEBUG),
@@ -153,7 +153,7 @@ def _run(arguments: Arguments, preset_name: str | None) -> int:
     return 0
 
 
-def _interrupt(number: int, _frame: Any) -> None:
+def interrupt(number: int, _frame: Any) -> None:
     """A request to stop is answered like Ctrl-C."""
     raise KeyboardInterrupt
 
@@ -225,7 +225,8 @@ class _OneLine(logging.Filter):
         return True
 
 
-def _one_line_errors() -> None:
+def one_line_errors() -> None:
+    """Makes Prefect log errors that explain themselves without a traceback."""
     from tasks.children import ChildFailed, ChildStopped
 
     explained = (ValueError, OSError, ChildFailed, ChildStopped, KeyboardInterrupt)

@@ -24,6 +24,7 @@ import tyro
 from flows.command_line import named_errors
 from model.durable import write_json
 from model.inference_jobs import CompletionJob
+from model.model_place import find_model
 from tasks.children import ChildFailed, run_child
 
 
@@ -78,7 +79,7 @@ def _complete(options: Arguments) -> int:
     if options.greedy and options.temperature not in (0, 0.8):
         raise ValueError(f"--greedy and --temperature={options.temperature} contradict each other: leave one of them out")
     job = CompletionJob(
-        model=options.checkpoint.absolute(),
+        model=find_model(options.checkpoint),
         prompts=options.prompts,
         max_new_tokens=options.max_new_tokens,
         temperature=0.0 if options.greedy else options.temperature,

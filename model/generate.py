@@ -58,10 +58,10 @@ class _State(NamedTuple):
 class _Sampling(NamedTuple):
     """What may change from call to call without another compilation."""
 
-    temperature: np.float32
-    top_p: np.float32
-    seed: np.uint32
-    eos_id: np.int32  # -1: none
+    temperature: jax.Array | np.float32
+    top_p: jax.Array | np.float32
+    seed: jax.Array | np.uint32
+    eos_id: jax.Array | np.int32  # -1: none
 
 
 def generate(
@@ -253,7 +253,7 @@ def _last_logits(settings: _Settings, params: Params, x_B1D: jax.Array) -> jax.A
     return jnp.where(jnp.arange(logits_BV.shape[-1]) < settings.num_ids, logits_BV, -jnp.inf)
 
 
-def _sample(key: jax.Array, logits_V: jax.Array, temperature: jax.Array, top_p: jax.Array) -> jax.Array:
+def _sample(key: jax.Array, logits_V: jax.Array, temperature: jax.Array | np.float32, top_p: jax.Array | np.float32) -> jax.Array:
     """One token from the nucleus of softmax(logits / temperature); the likeliest token is always in it."""
     order_V = jnp.argsort(-logits_V)
     sorted_V = logits_V[order_V] / temperature

@@ -21,8 +21,9 @@ from jax.sharding import Mesh
 from model import partitioning
 from model.checkpoint import read_progress, restore_params
 from model.config import LlamaConfig
-from model.hf import CONFIG_FILE, load_hf
+from model.hf import load_hf
 from model.mixture_store import MixtureTokenizer
+from model.model_place import find_model, is_hf
 from model.parameters import Params, param_shapes
 from model.token_store import StoreError
 from model.vocabularies.vocabulary import FILES, Vocabulary
@@ -47,17 +48,8 @@ class TrainedModel:
         Raises:
             ValueError: there is no model, it is damaged, or its tokenizer is not to be found; with the remedy.
         """
-        place = Path(path).expanduser().absolute()
-        if (place / CONFIG_FILE).is_file():
-            return cls._of_hf(place)
-        if (step := newest_step(place)) is not None:
-            place = step
-        if not (place.name.isdigit() and (place / "state").is_dir()):
-            raise ValueError(
-                f"{path} holds no model: give a run's directory (artifacts/checkpoints/NAME-...), one of its checkpoints/<step>, or a "
-                f"directory with a Hugging Face {CONFIG_FILE}" + ("" if place.is_dir() else "; it does not exist")
-            )
-        return cls._of_checkpoint(place)
+        place = find_model(path)
+        return cls._of_hf(place) if is_hf(place) else cls._of_checkpoint(place)
 
     @classmethod
     def _of_hf(cls, directory: Path) -> TrainedModel:
@@ -85,13 +77,6 @@ class TrainedModel:
         return [*bos, *self.vocabulary.encode(text).tolist()]
 
 
-def newest_step(run: Path) -> Path | None:
-    """The newest committed checkpoint of a run's directory, or None where it has none."""
-    place = run / "checkpoints"
-    steps = [path for path in place.iterdir() if path.is_dir() and path.name.isdigit()] if place.is_dir() else []
-    return max(steps, key=lambda path: int(path.name), default=None)
-
-
 def hf_vocabulary(directory: Path) -> Vocabulary:
     """The tokenizer in a Hugging Face directory. Raises ValueError where there is none that is known."""
     for name in (FILES["huggingface"], FILES["sentencepiece"], FILES["tiktoken"]):
@@ -110,7 +95,7 @@ def _vocabulary_of_run(run: Path, fingerprint: str) -> Vocabulary:
             return Vocabulary.open(tokenizer.path)
         except StoreError as error:
             why.append(str(error))
-    if (run / "hf" / CONFIG_FILE).is_file():
+    if is_hf(run / "hf"):
         return hf_vocabulary(run / "hf")
     raise ValueError(
         f"the tokenizer of {run} is not to be found ({'; '.join(why) or 'its mixture is not there'}): put the mixture "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -18,7 +19,7 @@ from model.generate import generate
 from model.inference_jobs import CompletionJob
 from model.trained_model import TrainedModel
 from model.vocabularies.vocabulary import Vocabulary
-from tests.trained_run import STEPS, TrainedRun, make_trained_run
+from tests.trained_run import STEPS, TrainedRun, trained_run
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 PROMPTS = ("Is this a dagger", "Enter")
@@ -26,8 +27,8 @@ SAMPLED = {"temperature": 0.9, "seed": 1, "max_new_tokens": 24}  # this model's 
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
-    return make_trained_run(tmp_path_factory.mktemp("run"))
+def run() -> TrainedRun:
+    return trained_run()
 
 
 def texts(model: Path, prompts: Sequence[str] = PROMPTS, **settings: float) -> list[str]:
@@ -65,22 +66,21 @@ def test_every_form_of_a_checkpoint_gives_the_same_text(run: TrainedRun, tmp_pat
     assert texts(run.directory / "checkpoints" / str(STEPS), **SAMPLED) == expected
     assert texts(run.hf, **SAMPLED) == expected
     assert texts(run.directory / "checkpoints" / str(STEPS // 2), **SAMPLED) != expected
-    moved = tmp_path / "elsewhere"
+    moved, alone = tmp_path / "elsewhere", tmp_path / "alone"
     shutil.copytree(run.root, moved)
-    run.mixture.rename(run.mixture.with_name("away"))
-    try:
-        # the root was moved as a whole: no path that the run was trained with holds any more, and the token stores are not needed
-        shutil.rmtree(moved / "tokens")
-        shutil.rmtree(moved / "checkpoints" / run.directory.name / "hf")
-        assert texts(moved / "checkpoints" / run.directory.name, **SAMPLED) == expected
-        # the run directory alone: its export has the tokenizer
-        shutil.copytree(run.directory, tmp_path / "alone")
-        assert texts(tmp_path / "alone", **SAMPLED) == expected
-        shutil.rmtree(tmp_path / "alone" / "hf")
-        with pytest.raises(ValueError, match=r"tokenizer of .*alone is not to be found .*put the mixture"):
-            texts(tmp_path / "alone")
-    finally:
-        run.mixture.with_name("away").rename(run.mixture)
+    in_moved = moved / "checkpoints" / run.directory.name
+    (in_moved / ".job.json").write_text(json.dumps({"mixture": "/nowhere"}))
+    # the root was moved as a whole: no path that the run was trained with holds any more, and the token stores are not needed
+    shutil.rmtree(moved / "tokens")
+    shutil.rmtree(in_moved / "hf")
+    assert texts(in_moved, **SAMPLED) == expected
+    # the run directory alone: its export has the tokenizer
+    shutil.copytree(run.directory, alone)
+    (alone / ".job.json").unlink()
+    assert texts(alone, **SAMPLED) == expected
+    shutil.rmtree(alone / "hf")
+    with pytest.raises(ValueError, match=r"tokenizer of .*alone is not to be found .*put the mixture"):
+        texts(alone)
 
 
 def test_no_character_is_said_in_halves() -> None:
@@ -133,6 +133,7 @@ def test_the_command(run: TrainedRun) -> None:
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_it_without_a_traceback(run: TrainedRun) -> None:
     process = command(str(run.hf), *(["Enter"] * 3), "--temperature", "1.5")
     assert process.stdout is not None

@@ -24,7 +24,7 @@ from model.vocabularies.vocabulary import Vocabulary
 from tasks.readers.text_reader import split_of
 from tests.synthetic_stores import write_mixture
 from tests.trained_run import TRAIN as TRAINED
-from tests.trained_run import make_trained_run
+from tests.trained_run import trained_run
 
 SEQ_LEN, VOCAB = 16, 64
 CONFIG = LlamaConfig(seq_len=SEQ_LEN, hidden_dim=16, intermediate_dim=32, num_layers=1, num_heads=2, num_kv_heads=1, vocab_size=VOCAB)
@@ -61,8 +61,8 @@ def test_nats_and_bits_against_the_logits_themselves(components: list[EvalBatche
         assert metrics[f"eval/macro_{name}"] != metrics[f"eval/{name}"]
 
 
-def test_bits_per_byte_are_those_of_the_raw_text_document_by_document(tmp_path: Path) -> None:
-    run = make_trained_run(tmp_path)
+def test_bits_per_byte_are_those_of_the_raw_text_document_by_document() -> None:
+    run = trained_run()
     config, params = load_hf(run.hf)
     vocabulary = Vocabulary.open(MixtureStore.open(run.mixture).tokenizer.path)
     mesh = partitioning.make_mesh(devices=jax.devices()[:1])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
@@ -46,8 +50,11 @@ class TrainedRun:
         return self.directory / "hf"
 
 
-def make_trained_run(place: Path) -> TrainedRun:
-    """Tokenizes 240 lines of a play, trains on them, and exports the last checkpoint."""
+@functools.cache
+def trained_run() -> TrainedRun:
+    """Tokenizes 240 lines of a play, trains on them, and exports the last checkpoint; once a process. Not to be changed."""
+    place = Path(tempfile.mkdtemp(prefix="trained-run-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
     text = (PACKAGED_TEXTS / "shakespeare" / "plays" / "macbeth.txt").read_text(encoding="utf-8")
     lines = [line for line in dict.fromkeys(text.splitlines()) if len(line) > 20][:240]
     run = SmallRun(place / "root", {"play.txt": lines})
