@@ -162,6 +162,8 @@ class TrackerThread:
             return True
         with self._changed:
             left, self._failed = len(self._queue) + len(self._again), True
+            self._queue.clear()
+            self._again.clear()
         self._tell(f"does not finish, so it is given up: rows after step {self._handed} ({left} of them waiting) are in metrics.jsonl only")
         return False
 
@@ -211,7 +213,8 @@ class TrackerThread:
             self._note(sure)
 
     def _note(self, step: int) -> None:
-        if not self._dropped:
+        # One that was given up notes nothing: in a run that goes back, the next attempt's thread is at work in this process.
+        if not self._dropped and not self._failed:
             self._deliveries.note(self._name, step)
 
     def _fail(self, how: str, error: Exception) -> None:

@@ -100,15 +100,19 @@ def test_one_that_blocks_for_ever_delays_nothing(tmp_path: Path, method: str) ->
     fake.free.set()
 
 
-def test_one_that_was_given_up_says_nothing_more(tmp_path: Path) -> None:
-    fake, said = Fake(log="wait, then fail"), list[str]()
+@pytest.mark.parametrize("then", ["wait", "wait, then fail"])
+def test_one_that_was_given_up_says_and_notes_nothing_more(tmp_path: Path, then: str) -> None:
+    fake, said = Fake(log=then), list[str]()
     log = logged(tmp_path, fake, range(1, 3), said)
     assert fake.reached.wait(30)
     assert log.close(0.0) is False
     fake.free.set()
     thread: Any = log._trackers[0]
     thread._thread.join(30)
+    assert not thread._thread.is_alive()
     assert len(said) == 1
+    assert len(fake.rows) == (1 if then == "wait" else 0)
+    assert not (tmp_path / "trackers.json").exists()
 
 
 @pytest.mark.parametrize(("method", "how"), [("open", "did not start"), ("log", "stopped working"), ("close", "stopped working")])
