@@ -1,11 +1,10 @@
 """What watching a run costs: the train loop with everything on (ours) beside the same loop with nothing (peer), in one process.
 
-Everything: progress events, the watchdog, every tenth step a row in metrics.jsonl with speed, memory and the norms of every
-parameter, a synced file every fiftieth, and TensorBoard and W&B, offline, where they are installed. Nothing: a step is started, the
-loss of the one before it is read. The rounds take turns on one state, with one compiled step, so that both meet the same machine. A
-round's number is its mean over all its steps, so the tenth step's work counts. Norms are taken of the weights twice, as often as a
-run takes norms of weights and of gradients. What W&B's own process takes is said beside (its start and end included); it shares the
-cores, so it is in the wall time.
+Everything: progress events, the watchdog, norms of every parameter and gradient in the step, every tenth step a row in metrics.jsonl
+with them, speed and memory, a synced file every fiftieth, and TensorBoard and W&B, offline, where they are installed. Nothing: a step
+is started, the loss of the one before it is read. The rounds take turns on one state, so that both meet the same machine. A round's
+number is its mean over all its steps, so the tenth step's work counts. What W&B's own process takes is said beside (its start and end
+included); it shares the cores, so it is in the wall time.
 """
 
 from __future__ import annotations
@@ -45,7 +44,6 @@ class Loop:
     """A train loop on one batch, as `model.trainer` runs it: a step is started, then the one before it is read."""
 
     def __init__(self, case: str) -> None:
-        import jax
         import numpy as np
 
         from model.feed import place
@@ -56,9 +54,9 @@ class Loop:
 
         self.config, mesh = small() if case == "small" else shape(case), make_mesh()
         fixed: dict[str, Any] = {"train_batch_size": BATCH_SIZE, "num_train_steps": 10**6, "learning_rate": 1e-3}
-        train = SimpleTrainConfig(**fixed, compute_dtype="float32", seed=SEED)
-        self.state = init_state(self.config, train, mesh)
-        self.train_step = compile_train_step(self.config, train, mesh, 1, tell=print)
+        trains = {watched: SimpleTrainConfig(**fixed, compute_dtype="float32", seed=SEED, watch_norms=watched) for watched in (True, False)}
+        self.state = init_state(self.config, trains[True], mesh)
+        self.steps = {watched: compile_train_step(self.config, train, mesh, 1, tell=print) for watched, train in trains.items()}
         window_BS = np.random.default_rng(SEED).integers(0, 2048, (BATCH_SIZE, self.config.seq_len + 1), dtype=np.int32)
         ones_BS = np.ones_like(window_BS[:, 1:])
         positions_BS = np.broadcast_to(np.arange(self.config.seq_len, dtype=np.int32), ones_BS.shape)
@@ -66,22 +64,19 @@ class Loop:
         self.batch = place(arrays | {"loss_weights": ones_BS.astype(np.float32)}, batch_sharding(mesh))
         self.what = f"{case} ({num_parameters(self.config) / 1e6:.1f} million parameters, batch {BATCH_SIZE} x {self.config.seq_len})"
         self.step = 0
-        self._get = jax.device_get
 
-    def round(self, steps: int, norms_of: Callable[[Any], Any] | None, record: Callable[[int, dict[str, Any]], None]) -> dict[str, float]:
-        """Means of a round of steps; `record` gets the metrics of each, with the norms where `norms_of` was asked for them."""
+    def round(self, steps: int, watched: bool, record: Callable[[int, dict[str, Any]], None]) -> dict[str, float]:
+        """Means of a round of steps; `record` gets the metrics of each, with the norms of every parameter where it is `watched`."""
         pending: tuple[int, Any] | None = None
         cpu, wall = time.process_time(), time.perf_counter()
         for _ in range(steps):
-            self.state, metrics = self.train_step(self.state, self.batch)
+            self.state, metrics = self.steps[watched](self.state, self.batch)
             self.step += 1
-            if norms_of is not None and self.step % STEPS_PER_LOG == 0:
-                metrics = {**metrics, **norms_of(self.state.params)}
             if pending is not None:
-                record(pending[0], self._get(pending[1]))
+                record(*pending)
             pending = self.step, metrics
         assert pending is not None
-        record(pending[0], self._get(pending[1]))
+        record(*pending)
         return {"cpu_s": (time.process_time() - cpu) / steps, "wall_s": (time.perf_counter() - wall) / steps}
 
 
@@ -89,10 +84,7 @@ class Watched:
     """Everything that watches a run."""
 
     def __init__(self, loop: Loop, directory: Path, trackers: tuple[Any, ...]) -> None:
-        import jax
-
         from model.metrics import MetricsLog
-        from model.norms import per_layer_norms
         from model.speed import Speedometer, run_constants
         from model.trackers import open_trackers
         from model.watchdog import Watchdog
@@ -103,19 +95,21 @@ class Watched:
         tokens = BATCH_SIZE * loop.config.seq_len
         self.speed = Speedometer(loop.config, loop.config.seq_len, tokens, first_step=0, last_step=10**6)
         self.watchdog = Watchdog(directory, minutes=15)
-        self.norms_of = jax.jit(lambda params: per_layer_norms(params, "params/norm") | per_layer_norms(params, "grad/norm"))
         self.keys_in_a_row = 0
 
     def record(self, step: int, metrics: dict[str, Any]) -> None:
         """What a trainer does with the metrics of one step."""
+        import jax
+
         from model.child import emit
         from model.memory import memory_metrics
         from model.norms import named_norms
 
+        logged = step % STEPS_PER_LOG == 0
+        values = named_norms(jax.device_get({name: value for name, value in metrics.items() if logged or value.ndim == 0}))
         self.watchdog.beat(step)
-        values = named_norms(metrics)
         speed = self.speed.step_done(step, 0.0)
-        if step % STEPS_PER_LOG == 0:
+        if logged:
             row = {**values, **speed, **self.speed.hook_time(), **memory_metrics()}
             self.keys_in_a_row = len(row)
             self.metrics.log(step, row)
@@ -142,8 +136,8 @@ def side(spec: dict[str, Any]) -> dict[str, Any]:
         loop = Loop(spec["case"])
         watched = Watched(loop, Path(directory), trackers)
         rounds: dict[str, Callable[[int], dict[str, float]]] = {
-            OURS: lambda steps: loop.round(steps, watched.norms_of, watched.record),
-            PEER: lambda steps: loop.round(steps, None, _read),
+            OURS: lambda steps: loop.round(steps, True, watched.record),
+            PEER: lambda steps: loop.round(steps, False, _read),
         }
         for take in rounds.values():
             take(STEPS_PER_LOG)
