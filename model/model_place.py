@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from model.checkpoint_files import HASHES, steps_in
 from model.durable import sha256_of
 
 HF_CONFIG_FILE = "config.json"
@@ -26,9 +27,9 @@ def find_model(path: Path | str) -> Path:
     place = Path(path).expanduser().absolute()
     if is_hf(place):
         return place
-    steps = [step for step in (place / "checkpoints").glob("*") if step.name.isdigit() and step.is_dir()]
-    found = max(steps, key=lambda step: int(step.name), default=place)
-    if found.name.isdigit() and (found / "state").is_dir():
+    steps = steps_in(place / "checkpoints") if (place / "checkpoints").is_dir() else []
+    found = place / "checkpoints" / str(steps[0]) if steps else place
+    if (found / HASHES).is_file():  # that they are right is checked when it is read
         return found
     raise ValueError(
         f"{path} holds no model: give a run's directory (artifacts/checkpoints/NAME-...), one of its checkpoints/<step>, or a "
@@ -43,6 +44,6 @@ def model_digest(place: Path) -> str:
         OSError: a file cannot be read.
     """
     if not is_hf(place):
-        return sha256_of(place / "hashes.json")
+        return sha256_of(place / HASHES)
     files = sorted({place / HF_CONFIG_FILE, *(file for pattern in _HF_FILES for file in place.glob(pattern))})
     return hashlib.sha256("".join(f"{file.name} {sha256_of(file)}\n" for file in files).encode()).hexdigest()

@@ -69,7 +69,9 @@ class TrainedModel:
             param_shapes(config),
             partitioning.param_shardings(config, mesh),
         )
-        return cls(directory, config, restore_params(directory, abstract), vocabulary, mesh)
+        averaged = progress["config"]["train"].get("ema_beta") is not None  # then those are what is evaluated and exported
+        params = restore_params(directory, abstract, field="ema_params" if averaged else "params")
+        return cls(directory, config, params, vocabulary, mesh)
 
     def prompt_ids(self, text: str) -> list[int]:
         """The ids of a text as documents begin: BOS first, where the tokenizer has one."""

@@ -32,6 +32,7 @@ TRAIN = SimpleTrainConfig(
     steps_per_export=STEPS // 2,
     steps_per_eval=STEPS,
     sample_prompts=(),
+    ema_beta=0.5,  # the average is what is exported, so it has to be what a checkpoint gives
 )
 
 
