@@ -28,6 +28,10 @@ from model.checkpoint_files import CheckpointError, checkpoint_damage, steps_in,
 from model.distributed import is_leader, wait_for_all
 from model.train_config import NEWEST_CHECKPOINTS
 
+# Host memory for what is being written or read at once, beside the copy of this host's part of the state that a save starts with.
+# A single array's part on one host has to fit.
+CONCURRENT_GB = 32
+
 _logger = logging.getLogger(__name__)
 
 
@@ -65,6 +69,10 @@ class Checkpoints:
                 cleanup_tmp_directories=True,
                 temporary_path_class=HashedTemporaryPath,
             ),
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(save_concurrent_gb=CONCURRENT_GB, restore_concurrent_gb=CONCURRENT_GB),
+                "progress": ocp.JsonCheckpointHandler(),
+            },
         )
 
     def _set_damaged_aside(self) -> None:
