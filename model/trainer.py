@@ -21,7 +21,7 @@ from model.beginning import begin
 from model.checkpoint import Checkpoints
 from model.child import emit
 from model.data_position import DataPosition
-from model.distributed import leaders_word, records_directory
+from model.distributed import is_leader, leaders_word, records_directory
 from model.feed import BatchFeed
 from model.hooks import Hook, make_hooks
 from model.job import TrainingJob
@@ -33,9 +33,11 @@ from model.norms import named_norms
 from model.profiler import Profiler
 from model.requests import Request, Requests
 from model.speed import Speedometer, run_constants
-from model.trackers import open_trackers
+from model.trackers import CLOSE_SECONDS, open_trackers
 from model.train_step import compile_train_step
 from model.watchdog import Watchdog
+
+HURRIED_CLOSE_SECONDS = 5.0  # for trackers, where a preempted machine is about to vanish; the next attempt sends the rest
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -84,7 +86,7 @@ class Trainer:
         """The curves, the samples and the trackers, cut back to the step where the run goes on."""
         self.records = records_directory(self.job.directory)
         trackers = open_trackers(
-            self.job.track,
+            self.job.track if is_leader() else (),
             self.records,
             tell=tell,
             run_id=self.job.fingerprint[:16],
@@ -193,12 +195,14 @@ class Trainer:
         )
 
     def close(self) -> None:
-        """Closes what is open; the last checkpoint is committed when this returns."""
-        self.profiler.close()
-        self.trackers_hang = not self.metrics.close()
-        self.samples.close()
-        self.checkpoints.close()
-        self.feed.close()
+        """Closes what is open. The last checkpoint is committed first: who was asked to stop may soon be killed."""
+        with self.watchdog.longer("the last save"):
+            self.checkpoints.close()
+            self.feed.close()
+            self.samples.close()
+            self.profiler.close()
+            stopped = self.requests.agreed == Request.STOP
+            self.trackers_hang = not self.metrics.close(HURRIED_CLOSE_SECONDS if stopped else CLOSE_SECONDS)
         self.watchdog.close()
 
 

@@ -151,12 +151,12 @@ def checkpoint_directory(root: Path) -> Path:
 
 
 def outcome(root: Path) -> dict[str, Any]:
-    """What must not depend on how often a run was disturbed: all numbers but times, the samples, the exported weights."""
+    """What must not depend on how often a run was disturbed: all numbers but times and memory, the samples, the exported weights."""
     directory = checkpoint_directory(root)
     rows = read_json_lines(directory / "metrics.jsonl")
-    timed = ("throughput/", "goodput")
+    measured = ("throughput/", "goodput", "host/", "device/")
     return {
-        "metrics": [{key: row[key] for key in row if not key.startswith(timed) and not key.endswith("time")} for row in rows],
+        "metrics": [{key: row[key] for key in row if not key.startswith(measured) and not key.endswith("time")} for row in rows],
         "samples": (directory / "samples.jsonl").read_bytes(),
         "weights": (directory / "hf" / "model.safetensors").read_bytes(),
     }
