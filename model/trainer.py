@@ -120,7 +120,9 @@ class Trainer:
         self._make_up()
         while self._dispatched < self.last_step and self.requests.agreed != Request.STOP:
             self._dispatch_step()
-            self._run_hooks([hook for hook in self.hooks if hook.due(self._dispatched)])
+            if self._due() or self._dispatched == self.first_step + 1:  # who waits for the first step need not wait for the second
+                self._settle()
+            self._run_hooks(self._due())  # once more: with the step's metrics came what others ask for
         self._settle()
         self.close()
         return self.step == self.last_step
@@ -149,12 +151,14 @@ class Trainer:
             self._record(step, metrics)
             self.requests.hear(said)
 
+    def _due(self) -> list[Hook]:
+        return [hook for hook in self.hooks if hook.due(self._dispatched)]
+
     def _run_hooks(self, due: list[Hook]) -> None:
-        if due or self._dispatched == self.first_step + 1:  # who waits for the first step need not wait for the second
-            self._settle()
-            for hook in due:
-                with self.watchdog.longer(type(hook).__name__):
-                    hook.run(self)
+        for hook in due:
+            with self.watchdog.longer(type(hook).__name__):
+                hook.run(self)
+        if due:
             self.speed.pause()
 
     def _record(self, step: int, metrics: dict[str, jax.Array]) -> None:

@@ -16,9 +16,7 @@ from model.job import TrainingJob
 from model.metrics import read_json_lines
 from model.trainer import NonFiniteLoss
 from model.training_process import train
-from tests.training_processes import make_mixture, write_job
-
-QUICK = {"xla_backend_optimization_level": "0"}  # the program is small, and most of the time is the compiler's
+from tests.training_processes import QUICK, make_mixture, write_job
 
 
 class NoSignals:

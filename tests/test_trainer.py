@@ -10,13 +10,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from model.job import TrainingJob
 from model.metrics import read_json_lines
+from model.requests import Request
 from model.trainer import NonFiniteLoss, Trainer
-from tests.training_processes import CHECKOUT, STEPS, finish, losses, make_mixture, read_until, start, write_job
+from tests.training_processes import CHECKOUT, QUICK, STEPS, finish, losses, make_mixture, read_until, start, write_job
 
 
 @pytest.fixture(scope="module")
@@ -229,3 +231,21 @@ def test_a_batch_without_a_token_that_counts_is_named(mixture: Path, tmp_path: P
     with pytest.raises(NonFiniteLoss, match=r"step 1, rows 0 to 7 .*: no token of this batch counts for the loss"):
         trainer._record(1, metrics)
     trainer.close()
+
+
+@pytest.mark.parametrize("asked_after", [1, 4, 6])
+def test_asked_to_stop_at_any_moment_it_saves_the_step_it_stops_at(mixture: Path, tmp_path: Path, asked_after: int) -> None:
+    """The request comes while the metrics of a step are read: the first one, one after which something is due, and another."""
+    path = write_job(tmp_path / "run", mixture, train_batch_size=8, steps_per_eval=4, steps_per_export=100, compiler_options=QUICK)
+    trainer = Trainer(TrainingJob.model_validate_json(path.read_text()))
+    record = trainer._record
+
+    def record_and_ask(step: int, metrics: Any) -> None:
+        record(step, metrics)
+        if step == asked_after:
+            trainer.requests.ask(Request.STOP)
+
+    trainer._record = record_and_ask
+    assert not trainer.run()
+    assert asked_after <= trainer.step <= asked_after + 2
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [str(trainer.step)]

@@ -22,6 +22,7 @@ from tests.synthetic_stores import write_mixture
 CHECKOUT = Path(__file__).resolve().parent.parent
 VOCAB = 512
 STEPS = 24
+QUICK = {"xla_backend_optimization_level": "0"}  # the programs are small, and most of the time is the compiler's
 
 
 def make_mixture(root: Path) -> Path:
