@@ -57,7 +57,7 @@ def test_changes_on_the_command_line_are_in_the_plan(tmp_path: Path) -> None:
         (["docter"], "did you mean 'doctor'?"),
         (["--train.num-train-step", "5"], "--train.num-train-steps"),
         (["--train.num-train-steps", "0"], "num_train_steps Input should be greater than or equal to 1"),
-        (["--train.train-batch-size", "-3"], "train_batch_size Input should be greater than or equal to 1"),
+        (["--train.train-batch-size", "-3"], "train.train_batch_size=-3: a batch has at least one sequence"),
         (["--train.per-device-parallelism", "5"], "train.per_device_parallelism=5 does not divide"),
         (["--train.tensor-parallel-size", "2"], "does not divide the 1 device(s)"),
         (["--train.accelerator-type", "v4-127"], "unknown TPU slice 'v4-127'"),
