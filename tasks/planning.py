@@ -210,6 +210,8 @@ def plan_lines(plan: Plan) -> list[str]:
 
     train, model = plan.config.train, plan.model
     batch = str(plan.batch) if plan.batch else f"{train.batch_schedule} sequences, divided over the devices where the training runs"
+    if plan.batch and not isinstance(train.train_batch_size, int):
+        batch = f"up to {batch}"
     mesh = (
         f"data {plan.batch.data} x fsdp {plan.batch.fsdp} x tensor {plan.batch.tensor}" if plan.batch else "decided where the training runs"
     )

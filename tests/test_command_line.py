@@ -50,6 +50,11 @@ def test_changes_on_the_command_line_are_in_the_plan(tmp_path: Path) -> None:
     assert "3 layers" in done.stdout
 
 
+def test_a_batch_that_changes_is_in_the_plan(tmp_path: Path) -> None:
+    done = run("tiny", "--plan", "--train.num-train-steps", "70", "--train.train-batch-size", "0:8", "50:16", root=tmp_path)
+    assert "50 steps x 4.1k (8 sequences of 512) + 20 steps x 8.19k (16 sequences of 512)" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
