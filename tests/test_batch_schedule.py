@@ -117,10 +117,11 @@ def test_rates_by_step_change_at_the_step_and_the_data_ends_after_whole_batches(
     ending = BatchLoader(write_mixture(tmp_path / "ending", {"a": 1.0}, max_epochs={"a": 1.0}), seq_len=32, global_batch_size=RAMP, seed=3)
     rows = ending.order.num_rows
     assert rows is not None
-    assert ending.num_steps == 5 + (rows - 28) // 2
-    ending.batch(ending.num_steps - 1)
-    with pytest.raises(ValueError, match=f"steps of 4, from step 3 on 8, from step 5 on 2 rows .* ends after {ending.num_steps}:"):
-        ending.batch(ending.num_steps)
+    last = 4 + (rows - 28) // 2
+    assert ending.num_steps == last + 1
+    ending.batch(last)
+    with pytest.raises(ValueError, match=f"steps of 4, from step 3 on 8, from step 5 on 2 rows .* ends after {last + 1}:"):
+        ending.batch(last + 1)
 
 
 @pytest.mark.parametrize(
