@@ -65,7 +65,7 @@ def maxtext_options(job: Any, tpu_slice: Any, output: str) -> list[str]:
         "head_dim": model.head_size,
         "vocab_size": model.vocab_size,
         "max_target_length": model.seq_len,
-        "per_device_batch_size": train.train_batch_size // tpu_slice.num_chips,
+        "per_device_batch_size": train.batch_schedule.largest // tpu_slice.num_chips,
         "decoder_block": "llama2",
         "mlp_activations": '["silu","linear"]',
         "attention": "flash",
@@ -101,7 +101,7 @@ def maxtext_figures(job: Any, tpu_slice: Any) -> tuple[dict[str, float], dict[st
     memory = {name: found[name] for name in ("arguments", "temporaries", "code")}
     parts = {kind: cost.wire_bytes(kind) for kind in sorted({one.kind for one in cost.collectives})}
     kernels = cost.custom_calls.get("tpu_custom_call", 0)
-    shape = job.train.train_batch_size // tpu_slice.num_chips, job.model.seq_len, job.model.vocab_size
+    shape = job.train.batch_schedule.largest // tpu_slice.num_chips, job.model.seq_len, job.model.vocab_size
     logits = len(cost.whole_logits(shape, {job.model.hidden_dim, job.model.hidden_dim // tpu_slice.num_chips}))
     return figures_of(job, tpu_slice, memory, parts, cost.dot_flops, kernels, logits, found["compile_cpu_s"]), found["versions"]
 
@@ -139,7 +139,7 @@ def figures_of(
     """What is compared, by name and unit, per chip and step."""
     from model.flops import executed_flops_per_token, train_flops_per_token
 
-    model, tokens = job.model, job.train.train_batch_size * job.model.seq_len / tpu_slice.num_chips
+    model, tokens = job.model, job.batch_size * job.model.seq_len / tpu_slice.num_chips
     # What differs between recomputing attention and not is one forward kernel: two matmuls over the kernel's square.
     forward = tokens * (
         executed_flops_per_token(model, model.seq_len, remat="full", attention="splash")

@@ -84,6 +84,7 @@ class Watched:
     """Everything that watches a run."""
 
     def __init__(self, loop: Loop, directory: Path, trackers: tuple[Any, ...]) -> None:
+        from model.batch_schedule import BatchSchedule
         from model.metrics import MetricsLog
         from model.speed import Speedometer, run_constants
         from model.trackers import open_trackers
@@ -92,8 +93,7 @@ class Watched:
         constants = run_constants(loop.config, loop.config.seq_len)
         opened = open_trackers(trackers, directory, run_id="0" * 16, name="watched", tags=(), config=constants, tell=_fail)
         self.metrics = MetricsLog(directory / "metrics.jsonl", 0, opened)
-        tokens = BATCH_SIZE * loop.config.seq_len
-        self.speed = Speedometer(loop.config, loop.config.seq_len, tokens, first_step=0, last_step=10**6)
+        self.speed = Speedometer(loop.config, loop.config.seq_len, BatchSchedule.of(BATCH_SIZE), first_step=0, last_step=10**6)
         self.watchdog = Watchdog(directory, minutes=15)
         self.keys_in_a_row = 0
 

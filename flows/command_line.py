@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from model.batch_size_flag import batch_size_flags
 from model.config_base import nearest
 from tasks.config import RunConfig
 from tasks.datasets import OWN_TEXT, Reading, own_text_mixture
@@ -85,6 +86,7 @@ def _parse(default: RunConfig, arguments: list[str], *, prog: str, description: 
         prog=prog,
         description=description or "Pretrain a Llama from raw text: `train.py [PRESET] [flags]`, or `train.py doctor|verify|adopt`.",
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
+        registry=batch_size_flags(),
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from model.assembly import Batch, cut_rows, keep_freed_memory, packed_rows
+from model.batch_schedule import BatchSchedule, BatchSize
 from model.mixture_store import MixtureComponent, MixtureStore
 from model.order import ORDER_VERSION, Component, RowOrder, Stage, kept_windows
 from model.packing import BestFitPlan, Windows
@@ -30,45 +31,47 @@ class BatchLoader:
         mixture: Any,
         *,
         seq_len: int,
-        global_batch_size: int,
+        global_batch_size: BatchSize,
         seed: int,
         process_index: int = 0,
         process_count: int = 1,
     ) -> None:
         """`mixture` is a mixture artifact (anything with `.path`), its directory, or an opened MixtureStore.
 
-        Process p of P takes rows [p * G / P, (p + 1) * G / P) of each global batch of G rows, and reads no others.
+        Process p of P takes rows [p * G / P, (p + 1) * G / P) of each global batch of G rows, and reads no others. With stages as
+        `global_batch_size` G is that of the step, and rows follow each other across the border of two stages.
         Raises ValueError for sizes that do not fit and StoreError for a mixture that is not whole.
         """
-        _check_sizes(seq_len, "global_batch_size", global_batch_size, process_index, process_count)
+        self.batch_sizes = BatchSchedule.of(global_batch_size, "global_batch_size")
+        for stage in self.batch_sizes.stages:
+            _check_sizes(seq_len, "global_batch_size", stage.value, process_index, process_count, self.batch_sizes.where(stage))
         if not 0 <= seed < 1 << 63:
             raise ValueError(f"seed={seed}: the seed of the data order must be 0 or more, and below 2**63")
         self.mixture = mixture if isinstance(mixture, MixtureStore) else MixtureStore.open(mixture)
         self.seq_len = seq_len
-        self.global_batch_size = global_batch_size
         self.seed = seed
-        self._rows = global_batch_size // process_count
-        self._first_row = process_index * self._rows
+        self._process_index, self._process_count = process_index, process_count
         keep_freed_memory()
         trained = self.mixture.trained()
         self._splits = [_train_split(component, seq_len, self.mixture.packing) for component in trained]
         self.layouts = [_layout(split, seq_len, self.mixture.packing) for split in self._splits]
         components = [self._component(of, layout) for of, layout in zip(trained, self.layouts, strict=True)]
-        stages = [Stage(stage.step * global_batch_size, stage.shares) for stage in self.mixture.stages]
+        stages = [Stage(self.batch_sizes.rows_before(stage.step), stage.shares) for stage in self.mixture.stages]
         self.order = RowOrder(components, stages, seed)
 
     @property
     def num_steps(self) -> int | None:
         """Whole batches there are until every component has had its max_epochs; None where that never is."""
-        return None if self.order.num_rows is None else self.order.num_rows // self.global_batch_size
+        return None if self.order.num_rows is None else self.batch_sizes.steps_within(self.order.num_rows)
 
     def batch(self, step: int) -> Batch:
         """This process's rows of the batch of `step` (from 0). Raises ValueError for a negative step, or one past the end."""
         if step < 0:
             raise ValueError(f"step={step}: steps count from 0")
         self._check_steps(step + 1)
-        first = step * self.global_batch_size + self._first_row
-        return self.rows(first, first + self._rows)
+        rows = self.batch_sizes.size_at(step) // self._process_count
+        first = self.batch_sizes.rows_before(step) + self._process_index * rows
+        return self.rows(first, first + rows)
 
     def rows(self, first: int, stop: int) -> Batch:
         """Rows [first, stop) of the run, wherever its batches begin. Raises ValueError past the end of the mixture."""
@@ -106,7 +109,7 @@ class BatchLoader:
         if num_steps < 0:
             raise ValueError(f"num_steps={num_steps}: steps count from 0")
         self._check_steps(num_steps)
-        rows = self.order.planned_rows(num_steps * self.global_batch_size)
+        rows = self.order.planned_rows(self.batch_sizes.rows_before(num_steps))
         return {
             component.name: {
                 "rows": rows[component.name],
@@ -123,7 +126,7 @@ class BatchLoader:
             "mixture": self.mixture.fingerprint,
             "seed": self.seed,
             "seq_len": self.seq_len,
-            "global_batch_size": self.global_batch_size,
+            "global_batch_size": self.batch_sizes.as_json,
             "next_step": next_step,
         }
 
@@ -145,7 +148,7 @@ class BatchLoader:
     def _check_steps(self, num_steps: int) -> None:
         if self.num_steps is not None and num_steps > self.num_steps:
             raise ValueError(
-                f"{num_steps} steps of {self.global_batch_size} rows were asked for, but the mixture {self.mixture.name!r} ends after "
+                f"{num_steps} steps of {self.batch_sizes} rows were asked for, but the mixture {self.mixture.name!r} ends after "
                 f"{self.num_steps}: every component has then had its max_epochs, {self.order.num_rows} rows in all. "
                 f"Set train.num_train_steps to {self.num_steps} or less, raise mixture.max_epochs, or leave it out for one component"
             )
@@ -206,14 +209,14 @@ class EvalBatches:
         return cut_rows(rows, self.seq_len)
 
 
-def _check_sizes(seq_len: int, field: str, batch_size: int, process_index: int, process_count: int) -> None:
+def _check_sizes(seq_len: int, field: str, batch_size: int, process_index: int, process_count: int, where: str = "") -> None:
     if seq_len < 1:
         raise ValueError(f"seq_len={seq_len}: a row has at least one token")
     if process_count < 1 or not 0 <= process_index < process_count:
         raise ValueError(f"process_index={process_index} of process_count={process_count}: the index must be in [0, count)")
     if batch_size < 1 or batch_size % process_count:
         raise ValueError(
-            f"{field}={batch_size} does not divide over {process_count} processes; use a multiple of {process_count}, "
+            f"{field}={batch_size}{where} does not divide over {process_count} processes; use a multiple of {process_count}, "
             f"for example {max(-(-batch_size // process_count), 1) * process_count}"
         )
 

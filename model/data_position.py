@@ -31,22 +31,21 @@ class DataPosition:
         self.loader = loader
         self.jumps = tuple(sorted(jumps))
         self._sharding = sharding
-        self._held = held_rows(sharding, (loader.global_batch_size, loader.seq_len))
 
     def first_row(self, step: int) -> int:
         """Number, in the run's order, of the first row of `step`'s batch (steps count from 0)."""
-        return step * self.loader.global_batch_size + sum(jump.rows for jump in self.jumps if jump.step <= step)
+        return self.loader.batch_sizes.rows_before(step) + sum(jump.rows for jump in self.jumps if jump.step <= step)
 
     def batch(self, step: int) -> dict[str, jax.Array]:
         """The batch of `step` as global arrays [B,S]; this process reads the rows that its devices hold."""
-        start, stop = self._held
-        first = self.first_row(step)
+        first, size = self.first_row(step), self.loader.batch_sizes.size_at(step)
+        start, stop = held_rows(self._sharding, (size, self.loader.seq_len))
         rows = self.loader.rows(first + start, first + stop)
-        return place(rows, self._sharding, first_row=start, num_rows=self.loader.global_batch_size)
+        return place(rows, self._sharding, first_row=start, num_rows=size)
 
     def describe(self, step: int) -> str:
         """`rows 512 to 575 (plays 40, sonnets 24)`: what `step`'s batch was made of."""
-        first, size = self.first_row(step), self.loader.global_batch_size
+        first, size = self.first_row(step), self.loader.batch_sizes.size_at(step)
         component_B, _, _ = self.loader.order.rows(first, first + size)
         names = [component.name for component in self.loader.order.components]
         counts = [(name, int((component_B == index).sum())) for index, name in enumerate(names)]
@@ -60,4 +59,4 @@ class DataPosition:
         """Raises ValueError where a checkpoint of `step` is of other data or another order of it, or the data ends before `last_step`."""
         if state is not None:
             self.loader.check_state(state, step)
-        self.loader.check_rows(self.first_row(last_step - 1) + self.loader.global_batch_size)
+        self.loader.check_rows(self.first_row(last_step - 1) + self.loader.batch_sizes.size_at(last_step - 1))

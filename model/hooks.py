@@ -45,7 +45,7 @@ def make_hooks(trainer: Trainer) -> list[Hook]:
     train = trainer.job.train
     names = trainer.mixture.validation_names()
     # What fits the devices in training fits them in evaluation. Every process reads whole batches; each device takes its rows.
-    rows = train.train_batch_size // trainer.microbatches
+    rows = trainer.batch.rows_at_once
     held_out = [EvalBatches(trainer.mixture, name, seq_len=trainer.seq_len, batch_size=rows) for name in names]
     return [
         *([EvaluateHook(held_out, trainer)] if held_out else []),

@@ -166,5 +166,5 @@ def _jumps(step: int, theirs: Mapping[str, Any], train: SimpleTrainConfig, ours:
                     f"{theirs.get(name)!r}, and here it is {ours.get(name)!r}: set it to True to begin with the first rows"
                 )
     target = 0 if train.reset_data_loader_on_init else int(theirs["next_row"])
-    rows = target - step * train.train_batch_size
+    rows = target - train.batch_schedule.rows_before(step)
     return (Jump(step, rows),) if rows else ()

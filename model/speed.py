@@ -8,6 +8,7 @@ import time
 import jax
 import jax.numpy as jnp
 
+from model.batch_schedule import BatchSchedule
 from model.config import LlamaConfig
 from model.flops import chip_of, num_parameters, train_flops_per_token
 
@@ -61,17 +62,17 @@ class Speedometer:
     `throughput/hook_time` is what hooks took since the last row with it, in seconds; gigaflops are model FLOPs, attention at half.
     """
 
-    def __init__(self, config: LlamaConfig, seq_len: int, tokens_per_step: int, *, first_step: int, last_step: int) -> None:
+    def __init__(self, config: LlamaConfig, seq_len: int, batch_sizes: BatchSchedule, *, first_step: int, last_step: int) -> None:
         peak = peak_flops_per_device() * jax.device_count()
         self._flops_per_token = train_flops_per_token(config, seq_len)
         self._utilisation = self._flops_per_token / peak
         self._utilisation_full = train_flops_per_token(config, seq_len, full_attention=True) / peak
-        self._tokens_per_step, self._seq_len = tokens_per_step, seq_len
+        self._batch_sizes, self._seq_len = batch_sizes, seq_len
         self._hook_seconds: float | None = None
         self._last_step = last_step
         self._began = self._finished = time.perf_counter()
         self._stepping_seconds = 0.0
-        self._smooth: float | None = None
+        self._smooth: float | None = None  # recent seconds a token
         self._first_step = first_step
 
     def pause(self) -> None:
@@ -91,13 +92,14 @@ class Speedometer:
         now = time.perf_counter()
         duration = now - self._finished
         self._finished = now
+        tokens = self._batch_sizes.size_at(step - 1) * self._seq_len
         if step > self._first_step + 1:
             self._stepping_seconds += duration
-            self._smooth = duration if self._smooth is None else 0.9 * self._smooth + 0.1 * duration
+            self._smooth = duration / tokens if self._smooth is None else 0.9 * self._smooth + 0.1 * duration / tokens
         if self._hook_seconds is None:
             self._hook_seconds = 0.0
-        tokens_per_second = self._tokens_per_step / duration
-        total_tokens = float(step * self._tokens_per_step)
+        tokens_per_second = tokens / duration
+        total_tokens = float(self._tokens_before(step))
         return {
             "run_progress": step / self._last_step,
             "throughput/duration": duration,
@@ -114,9 +116,12 @@ class Speedometer:
 
     def seconds_left(self, step: int) -> float | None:
         """Time the steps that are left take at the recent speed; None before there is one."""
-        return None if self._smooth is None else (self._last_step - step) * self._smooth
+        return None if self._smooth is None else (self._tokens_before(self._last_step) - self._tokens_before(step)) * self._smooth
 
     @property
     def tokens_per_second(self) -> float | None:
         """Recent speed; None before the second step."""
-        return None if self._smooth is None else self._tokens_per_step / self._smooth
+        return None if self._smooth is None else 1 / self._smooth
+
+    def _tokens_before(self, step: int) -> int:
+        return self._batch_sizes.rows_before(step) * self._seq_len

@@ -6,6 +6,7 @@ from typing import Any, Literal, TypedDict, get_args
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from model.batch_schedule import BatchSchedule, BatchSize
 from model.config import LlamaConfig, QuantizedDtype
 from model.config_base import Config, nearest, runtime
 from model.cycles import cycles_of
@@ -51,7 +52,9 @@ def check_beginning(train: SimpleTrainConfig) -> None:
 class SimpleTrainConfig(Config):
     """One training run: batch, steps, optimizer, schedule, cadence."""
 
-    train_batch_size: int = Field(ge=1, description="Sequences in one optimizer step, over all devices (global batch size).")
+    train_batch_size: BatchSize = Field(
+        description="Sequences in one optimizer step, over all devices (global batch size); or stages of the run with a size each."
+    )
     num_train_steps: int = Field(ge=1, description="Optimizer steps.")
     learning_rate: float = Field(gt=0, description="Peak learning rate.")
     train_seq_len: int | None = Field(default=None, ge=2, description="Tokens in one training sequence; unset means model.seq_len.")
@@ -162,6 +165,11 @@ class SimpleTrainConfig(Config):
             raise ValueError(f"train.{info.field_name}={value!r} is unknown{nearest(str(value), known)}: use one of {', '.join(known)}")
         return value
 
+    @field_validator("train_batch_size")
+    @classmethod
+    def _sizes(cls, value: BatchSize) -> BatchSize:
+        return BatchSchedule.of(value).given
+
     @field_validator("cycle_length")
     @classmethod
     def _positive(cls, value: float | tuple[int, ...] | None) -> float | tuple[int, ...] | None:
@@ -176,9 +184,24 @@ class SimpleTrainConfig(Config):
             raise ValueError("train.per_device_parallelism=0: give the sequences per device, or -1 for the whole batch at once")
         check_effects(self)
         check_beginning(self)
+        if (last := self.batch_schedule.stages[-1]).start >= self.num_train_steps:
+            raise ValueError(
+                f"train.train_batch_size has a stage that starts at step {last.start}, and train.num_train_steps={self.num_train_steps} "
+                f"ends before it: leave that stage out, or train longer"
+            )
         if len(cycles_of(self)) == 1 and self.rewarmup:
             raise ValueError(f"train.rewarmup={self.rewarmup:g} has no effect in a single cycle: set train.cycles, or leave it out")
         return self
+
+    @property
+    def batch_schedule(self) -> BatchSchedule:
+        """`train_batch_size` by step."""
+        return BatchSchedule.of(self.train_batch_size)
+
+    @property
+    def num_train_rows(self) -> int:
+        """Sequences that all steps take together."""
+        return self.batch_schedule.rows_before(self.num_train_steps)
 
     @property
     def warmup_steps(self) -> int:

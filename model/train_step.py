@@ -193,10 +193,19 @@ def make_train_step(config: LlamaConfig, train: SimpleTrainConfig, mesh: Mesh, n
 
 
 def compile_train_step(
-    config: LlamaConfig, train: SimpleTrainConfig, mesh: Mesh, num_microbatches: int, *, tell: Callable[[str], None]
+    config: LlamaConfig,
+    train: SimpleTrainConfig,
+    mesh: Mesh,
+    num_microbatches: int,
+    *,
+    tell: Callable[[str], None],
+    batch_size: int | None = None,
 ) -> jax.stages.Compiled:
-    """The step of `make_train_step`, compiled with `train.compiler_options`, or, after telling why, without them where they are refused."""
-    batch = abstract_batch((train.train_batch_size, train.seq_len_for(config)), mesh)
+    """The step of `make_train_step`, compiled with `train.compiler_options`, or, after telling why, without them where they are refused.
+
+    batch_size: sequences in the batch; unset: the most that any step of the run has.
+    """
+    batch = abstract_batch((batch_size or train.batch_schedule.largest, train.seq_len_for(config)), mesh)
     lowered = make_train_step(config, train, mesh, num_microbatches).lower(abstract_state(config, train, mesh), batch)
     if not train.compiler_options:
         return lowered.compile()

@@ -34,7 +34,7 @@ from model.profiler import Profiler
 from model.requests import Request, Requests
 from model.speed import Speedometer, run_constants
 from model.trackers import CLOSE_SECONDS, open_trackers
-from model.train_step import compile_train_step
+from model.train_step import TrainState, compile_train_step
 from model.watchdog import Watchdog
 
 HURRIED_CLOSE_SECONDS = 5.0  # for trackers, where a preempted machine is about to vanish; the next attempt sends the rest
@@ -60,7 +60,7 @@ class Trainer:
         self.mesh = partitioning.make_mesh(**job.train.mesh_sizes)
         self.seq_len = job.train.seq_len_for(job.model)
         self.last_step = job.train.num_train_steps
-        self.microbatches = BatchArithmetic.of(job.train, jax.device_count()).num_microbatches
+        self.batch = BatchArithmetic.of(job.train, jax.device_count())  # of the largest batch
         self.requests = Requests(job.directory, self.mesh, minutes_between_saves=job.train.minutes_per_checkpoint)
 
         loader = BatchLoader(self.mixture, seq_len=self.seq_len, global_batch_size=job.train.train_batch_size, seed=job.train.loader_seed)
@@ -77,10 +77,26 @@ class Trainer:
         self._open_records()
         self.feed = BatchFeed(self.data, first_step=self.step, end_step=self.last_step)
         self.hooks = make_hooks(self)
-        tokens = self.seq_len * job.train.train_batch_size
-        self.speed = Speedometer(self.config, self.seq_len, tokens, first_step=self.step, last_step=self.last_step)
+        self.speed = Speedometer(self.config, self.seq_len, loader.batch_sizes, first_step=self.step, last_step=self.last_step)
         emit("compiling")  # last: what can be refused is refused by now
-        self.train_step = compile_train_step(self.config, job.train, self.mesh, self.microbatches, tell=tell)
+        self._compiled = self._compile_steps()
+
+    def _compile_steps(self) -> dict[int, jax.stages.Compiled]:
+        """The step of every batch size that is still to come, by size, so that none compiles while the run goes."""
+        train, divided = self.job.train, BatchArithmetic.by_size(self.job.train, jax.device_count())
+        sizes = train.batch_schedule.sizes_from(self.step, self.last_step)
+        if len(sizes) > 1:
+            tell(f"train.train_batch_size is {train.batch_schedule}: the steps of all {len(sizes)} sizes are compiled before the first one")
+        compiled: dict[int, jax.stages.Compiled] = {}
+        for size in sizes:
+            with self.watchdog.longer(f"compiling the step of {size} sequences"):
+                count = divided[size].num_microbatches
+                compiled[size] = compile_train_step(self.config, train, self.mesh, count, tell=tell, batch_size=size)
+        return compiled
+
+    def train_step(self, state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One step on a batch of any of the run's sizes; the state is donated."""
+        return self._compiled[len(batch["tokens"])](state, batch)
 
     def _open_records(self) -> None:
         """The curves, the samples and the trackers, cut back to the step where the run goes on."""
@@ -189,7 +205,7 @@ class Trainer:
         if not values["train/tokens"]:
             return (
                 f"step {step}, {self.data.describe(step - 1)}: no token of this batch counts for the loss, so there is nothing to learn "
-                f"from: raise train.train_batch_size (now {self.job.train.train_batch_size}), or mix in data of which more counts"
+                f"from: raise train.train_batch_size (now {self.job.train.batch_schedule}), or mix in data of which more counts"
             )
         return (
             f"step {step}, {self.data.describe(step - 1)}: loss {values['train/loss']}, gradient norm {values['grad/norm/total']}: not "

@@ -145,7 +145,7 @@ def describe(trainer: Trainer, seconds: float) -> dict[str, Any]:
         "mesh": dict(trainer.mesh.shape),
         "processes": jax.process_count(),
         "device_kind": jax.local_devices()[0].device_kind,
-        "microbatches": trainer.microbatches,
+        "microbatches": trainer.batch.num_microbatches,
         "decayed": decayed_names(trainer.state.params),
         "held_out": list(trainer.mixture.validation_names()),
         "skipped_rows": sum(jump.rows for jump in read_skipped_data(trainer.job.directory)),

@@ -72,7 +72,7 @@ def planned_data(config: RunConfig, steps: DataSteps, root: Path) -> PlannedData
         return PlannedData(components, tuple(warnings))
     mixing = steps.mixture.config
     assert isinstance(mixing, Mixing)
-    stages = [Stage(stage["step"] * train.train_batch_size, stage["shares"]) for stage in mixing.stages]
+    stages = [Stage(train.batch_schedule.rows_before(stage["step"]), stage["shares"]) for stage in mixing.stages]
     trained = {name for stage in stages for name in stage.shares}
     splits: dict[str, _Train] = {}
     for step in (step for step in steps.tokens if step.name in trained):
@@ -80,7 +80,7 @@ def planned_data(config: RunConfig, steps: DataSteps, root: Path) -> PlannedData
         splits[step.name] = counted or _estimated(step, config.data.tokenizer, config.seq_len, mixing, warnings)
     order = RowOrder([_component(name, split.rows, mixing) for name, split in splits.items()], stages, train.loader_seed)
     all_measured = all(split.measured for split in splits.values())
-    wanted = train.num_train_steps * train.train_batch_size
+    wanted = train.num_train_rows
     if order.num_rows is not None and order.num_rows < wanted:
         warnings += _used_up(config, order.num_rows, exact=all_measured)
     rows = order.planned_rows(wanted if order.num_rows is None else min(wanted, order.num_rows))
@@ -154,12 +154,13 @@ def _estimated(step: Step, tokenizer: Tokenizer, seq_len: int, mixing: Mixing, w
 
 def _used_up(config: RunConfig, num_rows: int, *, exact: bool) -> list[str]:
     """The warning that the data ends before the last step. Raises ValueError where that is certain."""
-    steps, batch = config.train.num_train_steps, config.train.train_batch_size
+    train = config.train
     ends = "ends" if exact else "would end"
     about = "" if exact else "about "
     message = (
-        f"train.num_train_steps={steps} needs {steps * batch:,} rows, and with mixture.max_epochs the data {ends} after {about}"
-        f"{num_rows:,}: raise max_epochs, add data, or lower num_train_steps to {about}{num_rows // batch}"
+        f"train.num_train_steps={train.num_train_steps} needs {train.num_train_rows:,} rows, and with mixture.max_epochs the data {ends} "
+        f"after {about}{num_rows:,}: raise max_epochs, add data, or lower num_train_steps to "
+        f"{about}{train.batch_schedule.steps_within(num_rows)}"
     )
     if exact:
         raise ValueError(message)

@@ -50,7 +50,7 @@ class Plan:
     steps: tuple[PlannedStep, ...]
     model: LlamaConfig
     num_parameters: int
-    tokens_per_step: int
+    total_tokens: int
     total_flops: float
     batch: BatchArithmetic | None  # None: how many devices there are is known only where the training runs
     seconds: float | None  # training time, where the devices are this machine's cores
@@ -94,8 +94,8 @@ def plan_run(config: RunConfig, root: str | Path, *, only: str | None = None, fo
 
     vocab_size = vocabulary_size(config.data.tokenizer)
     model = config.model.with_vocab(vocab_size)
-    tokens_per_step = config.train.train_batch_size * config.seq_len
-    total_flops = train_flops_per_token(model, config.seq_len) * tokens_per_step * config.train.num_train_steps
+    total_tokens = config.train.num_train_rows * config.seq_len
+    total_flops = train_flops_per_token(model, config.seq_len) * total_tokens
     devices = None if config.train.accelerator_type else local_device_count()
     fetch_bytes = bytes_to_fetch(run.data, Path(root))
     trains = any(planned_step.action == "run" and planned_step.step.kind == "checkpoints" for planned_step in planned)
@@ -109,7 +109,7 @@ def plan_run(config: RunConfig, root: str | Path, *, only: str | None = None, fo
         steps=planned,
         model=model,
         num_parameters=num_parameters(model),
-        tokens_per_step=tokens_per_step,
+        total_tokens=total_tokens,
         total_flops=total_flops,
         batch=None if devices is None else BatchArithmetic.of(config.train, devices),
         seconds=None if devices is None else total_flops / (CPU_FLOPS_PER_CORE * usable_cores()),
@@ -209,16 +209,16 @@ def plan_lines(plan: Plan) -> list[str]:
     from tasks.formatting import duration, flops, number, size
 
     train, model = plan.config.train, plan.model
-    batch = str(plan.batch) if plan.batch else f"{train.train_batch_size} sequences, divided over the devices where the training runs"
+    batch = str(plan.batch) if plan.batch else f"{train.batch_schedule} sequences, divided over the devices where the training runs"
+    if plan.batch and not isinstance(train.train_batch_size, int):
+        batch = f"up to {batch}"
     mesh = (
         f"data {plan.batch.data} x fsdp {plan.batch.fsdp} x tensor {plan.batch.tensor}" if plan.batch else "decided where the training runs"
     )
-    total = plan.tokens_per_step * train.num_train_steps
     return [
         f"model: {number(plan.num_parameters)} parameters: {model.num_layers} layers, width {model.hidden_dim}, "
         f"mlp {model.intermediate_dim}, {model.num_heads} heads, {model.num_kv_heads} kv heads, vocabulary {model.vocab_size}",
-        f"tokens: {number(total)} = {train.num_train_steps} steps x {number(plan.tokens_per_step)} "
-        f"({train.train_batch_size} sequences of {plan.config.seq_len})",
+        f"tokens: {number(plan.total_tokens)} = {_steps_and_tokens(plan)}",
         *([f"fetch: {size(plan.fetch_bytes)} of source files"] if plan.fetch_bytes else []),
         f"compute: {flops(plan.total_flops)} of model work, causal attention at half",
         f"batch: {batch}",
@@ -227,6 +227,19 @@ def plan_lines(plan: Plan) -> list[str]:
         f"disk: up to {size(plan.checkpoint_bytes)} of checkpoints below {plan.root}",
         *(f"warning: {warning}" for warning in plan.warnings),
     ]
+
+
+def _steps_and_tokens(plan: Plan) -> str:
+    """`240 steps x 16.4 thousand (64 sequences of 256)`; of a batch that changes, the steps of each size."""
+    from tasks.formatting import number
+
+    train, seq_len = plan.config.train, plan.config.seq_len
+    stages = train.batch_schedule.stages
+    ends = [*(stage.start for stage in stages[1:]), train.num_train_steps]
+    return " + ".join(
+        f"{end - stage.start} steps x {number(stage.value * seq_len)} ({stage.value} sequences of {seq_len})"
+        for stage, end in zip(stages, ends, strict=True)
+    )
 
 
 def component_rows(plan: Plan) -> list[tuple[str, str, str, str]]:

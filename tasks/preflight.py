@@ -137,7 +137,7 @@ def as_chosen(found: Preflight, model: LlamaConfig, train: SimpleTrainConfig) ->
         "data_parallel_size": mesh["data"],
         "context_parallel_size": mesh["context"],
         "tensor_parallel_size": mesh["tensor"],
-        "per_device_parallelism": train.train_batch_size // ways // found.microbatches,
+        "per_device_parallelism": train.batch_schedule.largest // ways // found.microbatches,
         "compiler_options": found.compiler_options,
     }
     return model.model_copy(update={"gradient_checkpointing": found.remat}), SimpleTrainConfig(**{**dict(train), **chosen})

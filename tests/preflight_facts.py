@@ -18,7 +18,7 @@ def setting_of(order: CompileOrder) -> Setting:
     ways = chips // (train.context_parallel_size * train.tensor_parallel_size)
     return Setting(
         remat=order.model.remat,
-        microbatches=train.train_batch_size // ways // train.per_device_parallelism,
+        microbatches=train.batch_schedule.largest // ways // train.per_device_parallelism,
         data=train.data_parallel_size,
         context=train.context_parallel_size,
         tensor=train.tensor_parallel_size,

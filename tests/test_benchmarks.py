@@ -145,7 +145,7 @@ def test_executed_flops_are_products_and_kernels() -> None:
 
 def test_maxtext_is_asked_for_the_same_job() -> None:
     options = dict(option.split("=", 1) for option in maxtext_compile.maxtext_options(JOBS["dclm-1b"], slice_named("v4-128"), "out"))
-    assert int(options["per_device_batch_size"]) * int(options["ici_fsdp_parallelism"]) == JOBS["dclm-1b"].train.train_batch_size
+    assert int(options["per_device_batch_size"]) * int(options["ici_fsdp_parallelism"]) == JOBS["dclm-1b"].batch_size
     assert (options["head_dim"], options["base_num_decoder_layers"], options["vocab_size"]) == ("128", "24", "128256")
 
 

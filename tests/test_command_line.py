@@ -50,6 +50,11 @@ def test_changes_on_the_command_line_are_in_the_plan(tmp_path: Path) -> None:
     assert "3 layers" in done.stdout
 
 
+def test_a_batch_that_changes_is_in_the_plan(tmp_path: Path) -> None:
+    done = run("tiny", "--plan", "--train.num-train-steps", "70", "--train.train-batch-size", "0:8", "50:16", root=tmp_path)
+    assert "50 steps x 4.1k (8 sequences of 512) + 20 steps x 8.19k (16 sequences of 512)" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -57,7 +62,7 @@ def test_changes_on_the_command_line_are_in_the_plan(tmp_path: Path) -> None:
         (["docter"], "did you mean 'doctor'?"),
         (["--train.num-train-step", "5"], "--train.num-train-steps"),
         (["--train.num-train-steps", "0"], "num_train_steps Input should be greater than or equal to 1"),
-        (["--train.train-batch-size", "-3"], "train_batch_size Input should be greater than or equal to 1"),
+        (["--train.train-batch-size", "-3"], "train.train_batch_size=-3: a batch has at least one sequence"),
         (["--train.per-device-parallelism", "5"], "train.per_device_parallelism=5 does not divide"),
         (["--train.tensor-parallel-size", "2"], "does not divide the 1 device(s)"),
         (["--train.accelerator-type", "v4-127"], "unknown TPU slice 'v4-127'"),

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from model import memory, profiler, speed
+from model.batch_schedule import BatchSchedule
 from model.config import LlamaConfig
 from model.flops import num_parameters, train_flops_per_token
 from model.memory import memory_metrics
@@ -114,7 +115,7 @@ def test_speed_is_counted_from_the_clock(monkeypatch: pytest.MonkeyPatch) -> Non
     now = 0.0
     monkeypatch.setattr(speed.time, "perf_counter", lambda: now)
     monkeypatch.setattr(speed, "peak_flops_per_device", lambda: 1e12)
-    meter = Speedometer(CONFIG, 16, 64, first_step=0, last_step=10)
+    meter = Speedometer(CONFIG, 16, BatchSchedule.of(4), first_step=0, last_step=10)
     now = 5.0
     meter.pause()  # compiling, no hook
     now = 6.0

@@ -49,7 +49,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, *rows: int) -> None:
 
     def batch(self: DataPosition, step: int) -> dict[str, jax.Array]:
         batch, first = batch_of(self, step), self.first_row(step)
-        poisoned = any(first <= row < first + self.loader.global_batch_size for row in rows)
+        poisoned = any(first <= row < first + self.loader.batch_sizes.size_at(step) for row in rows)
         return {**batch, "loss_weights": batch["loss_weights"] * np.float32("nan")} if poisoned else batch
 
     monkeypatch.setattr(DataPosition, "batch", batch)

@@ -83,7 +83,7 @@ def advice(search: Search, chosen: Trial, remedies: Remedies | None = None) -> I
         yield f"each sequence is split over {chosen.setting.context} chips: train.context_parallel_size={chosen.setting.context}"
     if chosen.setting.tensor > search.job.train.tensor_parallel_size:
         yield (
-            f"{search.job.train.train_batch_size} sequences are too few for {search.num_chips} chips, so heads and feed-forward are split "
+            f"{search.job.batch_size} sequences are too few for {search.num_chips} chips, so heads and feed-forward are split "
             f"over {chosen.setting.tensor}, which costs traffic in every layer: a multiple of {search.num_chips} would need none"
         )
 
@@ -118,7 +118,7 @@ def _estimated(search: Search, chosen: Trial, correction: Correction) -> Iterato
     if best is not None:
         about = f"about {free[best].hbm_bytes / GIB:.1f} GiB ({OFF_BY})"
         yield f"by estimate it would fit with {_flags(best, search.job)}: {about}, not compiled"
-    batch = largest_batch(search, chosen.setting, correction.memory, search.job.train.train_batch_size)
+    batch = largest_batch(search, chosen.setting, correction.memory, search.job.batch_size)
     if batch:
         yield f"by estimate ({OFF_BY}) {chosen.setting} would fit with a smaller batch: about --batch {batch}, not compiled"
 
@@ -207,7 +207,9 @@ def _options(job: Job, correction: Correction, generation: Generation | None = N
     """Single slices, of one generation or all, on which the job fits; only with `splits` by splitting sequences or heads."""
     said = job.train.context_parallel_size * job.train.tensor_parallel_size
     for tpu_slice in SLICES.values():
-        if generation not in (None, tpu_slice.generation) or job.train.train_batch_size % tpu_slice.num_chips:
+        if generation not in (None, tpu_slice.generation) or any(
+            stage.value % tpu_slice.num_chips for stage in job.train.batch_schedule.stages
+        ):
             continue
         moved = on_slice(job, tpu_slice.name)
         made = _estimates(moved, tpu_slice, correction)
@@ -215,7 +217,7 @@ def _options(job: Job, correction: Correction, generation: Generation | None = N
             made = {setting: one for setting, one in made.items() if setting.context * setting.tensor == said}
         best = _fastest(made, SAFE * CHIPS[tpu_slice.generation].usable_hbm_bytes)
         if best is not None:
-            hours = made[best].step_seconds * job.train.num_train_steps / 3600
+            hours = made[best].step_seconds * job.hours_per_step_second
             yield Option(tpu_slice, best, made[best], cost(tpu_slice, 1, hours).dollars)
 
 

@@ -17,6 +17,7 @@ import tyro
 from pydantic import ValidationError
 from rich.console import Console
 
+from model.batch_size_flag import batch_size_flags
 from model.child import PARENT_VARIABLE, die_with_parent
 from model.config import LlamaConfig, RematPolicy
 from model.flops import num_parameters
@@ -75,6 +76,7 @@ def run(arguments: Sequence[str]) -> int:
             prog=f"python -m model.preflight {job.name}",
             description="Compile a train step for a TPU slice without one: does it fit, how fast can it be, what does it cost.",
             config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
+            registry=batch_size_flags(),
         )
         return _preflight(_job(job.name, flags), flags)
     except ValidationError as error:

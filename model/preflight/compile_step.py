@@ -91,7 +91,7 @@ def _program(order: CompileOrder, dump: Path) -> _Program | CompileFailure:
 def _one_slice(order: CompileOrder) -> CompileOrder:
     """The same step on one slice with its share of the batch: what a chip does there is the same but for the other slices."""
     train, count = order.train, order.num_slices
-    shares = {"train_batch_size": train.train_batch_size // count, "data_parallel_size": train.data_parallel_size // count}
+    shares = {"train_batch_size": train.batch_schedule.largest // count, "data_parallel_size": train.data_parallel_size // count}
     alone = SimpleTrainConfig(**{**dict(train), **shares, "slice_count": 1})
     return order.model_copy(update={"train": alone, "num_slices": 1})
 
@@ -100,7 +100,7 @@ def _lower(order: CompileOrder, mesh: Mesh) -> Any:
     from model.train_step import abstract_batch, abstract_state, make_train_step
 
     count = BatchArithmetic.of(order.train, mesh.devices.size).num_microbatches
-    batch = abstract_batch((order.train.train_batch_size, _seq_len(order)), mesh)
+    batch = abstract_batch((order.train.batch_schedule.largest, _seq_len(order)), mesh)
     return make_train_step(order.model, order.train, mesh, count).lower(abstract_state(order.model, order.train, mesh), batch)
 
 
@@ -116,7 +116,7 @@ def _facts(order: CompileOrder, program: _Program, alone: _Program, assigned: in
     whole = cost = analyse(program.compiled.as_text(), chips_per_slice=chips_per_slice, causal_loops=attention == "flash")
     if alone is not program:
         cost = analyse(alone.compiled.as_text(), causal_loops=attention == "flash").with_dcn_of(whole)
-    tokens_per_chip = order.train.train_batch_size * seq_len / mesh.devices.size
+    tokens_per_chip = order.train.batch_schedule.largest * seq_len / mesh.devices.size
     per_token = {
         "model_flops_per_chip": train_flops_per_token(model, seq_len),
         "executed_flops_per_chip": executed_flops_per_token(

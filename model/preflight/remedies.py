@@ -58,7 +58,7 @@ def largest_batch(search: Search, setting: Setting, correction: float, below: in
 
 def _smaller_batch(search: Search, chosen: Trial) -> tuple[int, Trial] | None:
     """Sequences with which the chosen setting fits, as many as the arithmetic allows once it is corrected."""
-    correction, below = chosen.memory_factor or 1.0, search.job.train.train_batch_size
+    correction, below = chosen.memory_factor or 1.0, search.job.batch_size
     for _ in range(MOST_TRIES):
         below = largest_batch(search, chosen.setting, correction, below)
         if below == 0:

@@ -115,7 +115,7 @@ def result_of(search: Search, pricing: PricingModel, remedies: Remedies | None =
         num_slices=job.train.slice_count,
         num_chips=search.num_chips,
         num_hosts=tpu_slice.num_hosts * job.train.slice_count,
-        train_batch_size=job.train.train_batch_size,
+        train_batch_size=job.batch_size,
         seq_len=job.seq_len,
         num_train_steps=job.train.num_train_steps,
         fits=search.best is not None,
@@ -133,7 +133,7 @@ def result_of(search: Search, pricing: PricingModel, remedies: Remedies | None =
         price=_price(tpu_slice, pricing),
         trials=tuple(map(_summary, search.trials)),
         advice=tuple(advice(search, chosen, remedies)),
-        notes=(*search.notes, *_caveats(tpu_slice, job.train.slice_count)),
+        notes=(*search.notes, *_caveats(tpu_slice, job.train.slice_count), *_of_largest(job)),
         **({} if facts is None else _figures(job, tpu_slice, facts, pricing)),
     )
 
@@ -141,7 +141,7 @@ def result_of(search: Search, pricing: PricingModel, remedies: Remedies | None =
 def _figures(job: Job, tpu_slice: Slice, facts: CompileFacts, pricing: PricingModel) -> dict[str, Any]:
     """The fields that only a compiled step can fill in."""
     bounds = facts.roofline
-    hours = bounds.step_seconds * job.train.num_train_steps / 3600
+    hours = bounds.step_seconds * job.hours_per_step_second
     names = (
         "model_flops_per_chip", "executed_flops_per_chip", "recomputation", "hbm_bytes_per_chip", "ici_bytes_per_chip",
         "dcn_bytes_per_chip", "all_gather_async_share", "bound", "compute_seconds", "hbm_seconds", "on_chip_seconds", "ici_seconds",
@@ -175,6 +175,16 @@ def _caveats(tpu_slice: Slice, num_slices: int) -> tuple[str, ...]:
     return (
         f"ahead of time libtpu compiles for several slices as if {tpu_slice.name} had no wrap-around links: FLOPs, HBM and ICI traffic are "
         "those of one slice with its share of the batch, compiled too; HBM needed and DCN traffic those of all slices",
+    )
+
+
+def _of_largest(job: Job) -> tuple[str, ...]:
+    """Where the batch changes, which one is meant."""
+    if isinstance(job.train.train_batch_size, int):
+        return ()
+    return (
+        f"train.train_batch_size is {job.train.batch_schedule}: a step is one of {job.batch_size} sequences; hours and dollars count "
+        f"the {job.train.num_train_rows:,} sequences of all {job.train.num_train_steps:,} steps",
     )
 
 

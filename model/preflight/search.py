@@ -219,7 +219,7 @@ class Search:
         options = flag_set.options | job.train.compiler_options
         order = CompileOrder(
             model=job.model,
-            train=job.train,
+            train=job.with_batch(job.batch_size).train,
             slice_name=self.tpu_slice.name,
             num_slices=job.train.slice_count,
             compiler_options=options,

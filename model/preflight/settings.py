@@ -38,8 +38,21 @@ class Job(Config):
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens of the global batch."""
-        return self.train.train_batch_size * self.seq_len
+        """Tokens of the global batch, of the largest where it changes."""
+        return self.batch_size * self.seq_len
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences of the global batch, of the largest where it changes: what has to fit."""
+        return self.train.batch_schedule.largest
+
+    @property
+    def hours_per_step_second(self) -> float:
+        """Hours of the whole run for each second that a step of the largest batch takes.
+
+        Smaller batches count by their sequences, and none takes less: traffic of weights does not shrink with the batch.
+        """
+        return self.train.num_train_rows / self.batch_size / 3600
 
     @property
     def compute_bytes(self) -> int:
@@ -81,7 +94,9 @@ class Setting:
                 f"{', '.join(map(str, divisors(rows)))}"
             )
         model = job.model.model_copy(update={"gradient_checkpointing": self.remat})
-        return replace_train(whole, per_device_parallelism=rows // self.microbatches).model_copy(update={"model": model})
+        divided = replace_train(whole, per_device_parallelism=rows // self.microbatches)
+        BatchArithmetic.of(divided.train, num_chips)  # refuses what does not divide a smaller batch of the run
+        return divided.model_copy(update={"model": model})
 
     def __str__(self) -> str:
         """For people."""
@@ -136,7 +151,9 @@ def settings_of(job: Job, tpu_slice: Slice, fixed: Fixed) -> list[Setting]:
         except ValueError as error:
             refused = refused or error
             continue
-        for microbatches in divisors(rows) if fixed.microbatches is None else [fixed.microbatches]:
+        for microbatches in (
+            _microbatches(job, rows, num_chips // (context * tensor)) if fixed.microbatches is None else [fixed.microbatches]
+        ):
             policies = REMAT_POLICIES if fixed.remat is None else (fixed.remat,)
             same_batch = [Setting(remat, microbatches, data, context, tensor) for remat in policies]
             same_batch[0].applied(job, num_chips)  # refuses microbatches that do not divide
@@ -145,6 +162,12 @@ def settings_of(job: Job, tpu_slice: Slice, fixed: Fixed) -> list[Setting]:
         assert refused is not None
         raise refused
     return found
+
+
+def _microbatches(job: Job, rows: int, ways: int) -> list[int]:
+    """Those that divide the `rows` of a device, and leave so many at once that smaller batches of the run divide into them too."""
+    smaller = [stage.value // ways for stage in job.train.batch_schedule.stages]
+    return [count for count in divisors(rows) if all(few < rows // count or few % (rows // count) == 0 for few in smaller)]
 
 
 def _splits(job: Job, chips: int) -> Iterator[tuple[int, int]]:
