@@ -19,11 +19,15 @@ def choose_backend(config: LlamaConfig, seq_len: int, platform: str) -> Attentio
     """The form that `model.attention` uses for sequences of `seq_len` tokens on `platform`: "tpu", "cpu" or "gpu".
 
     Raises:
-        ValueError: `config.attn_backend` asks for splash or flash, which do not take this length.
+        ValueError: `config.attn_backend` asks for splash or flash, which do not take this length, or for splash where no TPU is.
     """
     wanted = config.attn_backend if config.use_flash_attention else "plain"
     fits = {"splash": seq_len % SPLASH_MIN_BLOCK == 0, "flash": flash_block_size(seq_len) is not None, "plain": True}
     if wanted != "auto":
+        if wanted == "splash" and platform != "tpu":
+            raise ValueError(
+                f"model.attn_backend='splash' is a kernel for TPUs, and devices here are of kind {platform}: use model.attn_backend='auto'"
+            )
         if not fits[wanted]:
             unit = SPLASH_MIN_BLOCK if wanted == "splash" else FLASH_MIN_BLOCK
             raise ValueError(

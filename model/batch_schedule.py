@@ -21,12 +21,14 @@ from pydantic import Field
 
 from model.config_base import Config
 
+LARGEST = 1 << 20  # sequences in a batch: more is a slip of the pen
+
 
 class BatchSizeStep(Config):
     """From one optimizer step on, batches of so many sequences."""
 
     start: int = Field(ge=0, description="First optimizer step with this size; that of the first stage is 0.")
-    value: int = Field(ge=1, description="Sequences in one optimizer step, over all devices.")
+    value: int = Field(ge=1, le=LARGEST, description="Sequences in one optimizer step, over all devices.")
 
 
 BatchSize = int | tuple[BatchSizeStep, ...]
@@ -49,6 +51,8 @@ class BatchSchedule:
         if isinstance(given, int):
             if given < 1:
                 raise ValueError(f"{field}={given}: a batch has at least one sequence")
+            if given > LARGEST:
+                raise ValueError(f"{field}={given}: a batch has at most {LARGEST:,} sequences")
             return cls((BatchSizeStep(start=0, value=given),), given)
         starts = [stage.start for stage in given]
         if not starts or starts[0] != 0:

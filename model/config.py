@@ -22,6 +22,8 @@ QuantizedDtype = Literal["int8", "fp8"]
 Activation = Literal["silu", "gelu", "gelu_new", "quick_gelu", "relu", "tanh"]
 Initializer = Literal["fan_in", "normal", "scaled_normal"]
 
+LONGEST = 1 << 20  # tokens in a sequence: more is a slip of the pen
+
 
 class RopeConfig(Config):
     """Rotary position embedding (Su et al. 2021) and how it stretches to longer contexts."""
@@ -74,7 +76,7 @@ class LlamaConfig(Config):
     transformers it is exported as; `model.hf_architectures` says which can say what.
     """
 
-    seq_len: int = Field(default=2048, ge=2, description="Longest sequence the model is trained for, in tokens.")
+    seq_len: int = Field(default=2048, ge=2, le=LONGEST, description="Longest sequence the model is trained for, in tokens.")
     hidden_dim: int = Field(default=4096, ge=1, description="Width of the residual stream.")
     intermediate_dim: int = Field(default=11008, ge=1, description="Width of the gated feed-forward layer.")
     activation_function: Activation = Field(
@@ -128,6 +130,10 @@ class LlamaConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> LlamaConfig:
+        if not self.use_flash_attention and self.attn_backend not in ("auto", "plain"):
+            raise ValueError(
+                f"use_flash_attention=False means the plain form, and attn_backend={self.attn_backend!r} names another: leave one out"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
         if self.head_dim is None and self.hidden_dim % self.num_heads:

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypedDict, get_args
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from model.batch_schedule import BatchSchedule, BatchSize
-from model.config import LlamaConfig, QuantizedDtype
+from model.config import LONGEST, LlamaConfig, QuantizedDtype
 from model.config_base import Config, nearest, runtime
 from model.cycles import cycles_of
 from model.optimizer_config import (
@@ -57,7 +57,9 @@ class SimpleTrainConfig(Config):
     )
     num_train_steps: int = Field(ge=1, description="Optimizer steps.")
     learning_rate: float = Field(gt=0, description="Peak learning rate.")
-    train_seq_len: int | None = Field(default=None, ge=2, description="Tokens in one training sequence; unset means model.seq_len.")
+    train_seq_len: int | None = Field(
+        default=None, ge=2, le=LONGEST, description="Tokens in one training sequence; unset means model.seq_len."
+    )
     seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of the initial weights, and of the data order where data_seed is unset.")
     data_seed: int | None = Field(default=None, ge=0, lt=2**31, description="Seed of the data order.")
 

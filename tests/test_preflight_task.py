@@ -158,6 +158,18 @@ def test_the_training_task_refuses_before_it_starts_a_trainer(tmp_path: Path, mo
     assert not (tmp_path / ".job.json").exists()
 
 
+def test_the_training_task_asks_with_the_vocabulary_of_the_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tasks import training
+
+    asked: list[int | None] = []
+    monkeypatch.setattr(training, "check_accelerator", lambda name, model, train, tell: asked.append(model.vocab_size))
+    monkeypatch.setattr(training, "vocabulary_of", lambda mixture: 4321)
+    mixture = Artifact(kind="mixtures", name="plays", path=str(tmp_path), fingerprint="0" * 64)
+    given = training.training_job(run_steps(on_slice()).training, tmp_path, mixture)
+    assert training.as_preflight_chose(given) == given
+    assert asked == [4321]
+
+
 def test_on_the_slice_itself_the_trainer_is_told_what_preflight_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tasks import training
 

@@ -99,7 +99,11 @@ def test_length_that_blocks_do_not_divide_is_named() -> None:
     with pytest.raises(ValueError, match=r"200 tokens a chip .* multiple of 128"):
         splash_attention(q, k, v, None)
     with pytest.raises(ValueError, match=r"model.attn_backend='splash' takes sequences in multiples of 128 tokens, not 200"):
-        choose_backend(LlamaConfig(attn_backend="splash"), 200, "cpu")
+        choose_backend(LlamaConfig(attn_backend="splash"), 200, "tpu")
+    with pytest.raises(ValueError, match=r"model.attn_backend='splash' is a kernel for TPUs, and devices here are of kind cpu"):
+        choose_backend(LlamaConfig(attn_backend="splash"), 256, "cpu")
+    with pytest.raises(ValueError, match=r"use_flash_attention=False means the plain form, and attn_backend='splash' names another"):
+        LlamaConfig(attn_backend="splash", use_flash_attention=False)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,9 @@ from model.train_config import SimpleTrainConfig
 
 FITS, FAILED, USAGE, DOES_NOT_FIT = 0, 1, 2, 3
 
+# Fields that have a short flag, by which an error names them.
+_FLAGS = {"train_batch_size": "--batch", "slice_count": "--num-slices", "train_seq_len": "--seq-len", "accelerator_type": "--accelerator"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
@@ -81,7 +84,7 @@ def run(arguments: Sequence[str]) -> int:
         return _preflight(_job(job.name, flags), flags)
     except ValidationError as error:
         for problem in error.errors(include_url=False):
-            where = ".".join(str(part) for part in problem["loc"])
+            where = ".".join(_FLAGS.get(str(part), str(part)) for part in problem["loc"])
             print(f"error: {where + ': ' if where else ''}{problem['msg'].removeprefix('Value error, ')}", file=sys.stderr)
         return USAGE
     except (CompilerRefused, CompilerCrash) as error:
@@ -94,6 +97,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _chosen_job(arguments: list[str]) -> tuple[Job, list[str]]:
     """The job that the first argument names, or `--job FILE` holds, and the other arguments."""
+    arguments = [part for one in arguments for part in (("--job", one[6:]) if one.startswith("--job=") else (one,))]
     if "--job" in arguments:
         if PARENT_VARIABLE in os.environ:
             die_with_parent()
@@ -126,7 +130,7 @@ def _job(name: str, flags: Arguments) -> Job:
         model = model.model_copy(update={"seq_len": max(flags.seq_len, model.seq_len)})
     job = Job(name=name, model=model, train=flags.train)
     job = replace_train(job, **{field: value for field, value in changed.items() if value is not None})
-    if job.train.accelerator_type is None:
+    if not job.train.accelerator_type:
         raise ValueError("on which slice? give --accelerator, such as --accelerator v4-128")
     if job.seq_len > job.model.seq_len:
         raise ValueError(f"train.train_seq_len={job.seq_len} is longer than model.seq_len={job.model.seq_len}: use --seq-len {job.seq_len}")

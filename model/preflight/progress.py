@@ -55,7 +55,7 @@ class Progress:
         def on_stage(stage: str) -> None:
             if self._status is not None:
                 self._status.update(f"{label}: {_STAGES.get(stage, stage)}")
-            elif stage == "compile" and not told:  # of several slices a second program is compiled
+            elif not told:  # of several slices a second program is compiled
                 told.append(stage)
                 self._console.print(f"{label} ...", markup=False, highlight=False, soft_wrap=True)
 
