@@ -24,6 +24,7 @@ from jax.typing import DTypeLike
 
 from model.attention import attention
 from model.config import Activation, LlamaConfig
+from model.context_parallel import context_size
 from model.linear import FLOAT32, Precision, linear
 from model.parameters import Params, init_params, logical_axes, param_shapes
 from model.partitioning import constrain
@@ -124,7 +125,11 @@ def embed_tokens(params: Params, tokens_BS: jax.Array, config: LlamaConfig, dtyp
     """
     tokens_BS = constrain(jnp.asarray(tokens_BS), ("replica", None), mesh)
     x_BSD = constrain(jnp.asarray(params["embed"])[tokens_BS], ("replica", None, "embed"), mesh)
-    x_BSD = constrain(x_BSD.astype(dtype), ("batch", "sequence", None), mesh)
+    x_BSD = x_BSD.astype(dtype)
+    if context_size(mesh) > 1:
+        # From columns over all of a replica's devices to rows and tokens at once the compiler goes by way of the whole batch on each.
+        x_BSD = constrain(x_BSD, ("replica", "sequence", "embed_of_token"), mesh)
+    x_BSD = constrain(x_BSD, ("batch", "sequence", None), mesh)
     return rms_norm(x_BSD, params.get("embed_norm"), config.layer_norm_epsilon) if config.input_embedding_norm else x_BSD
 
 

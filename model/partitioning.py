@@ -39,6 +39,7 @@ LOGICAL_RULES: dict[str, tuple[str, ...]] = {
     "replica": ("data",),  # batch rows that all devices which split one copy of the weights work on together
     "sequence": ("context",),
     "embed": WEIGHT_AXES,
+    "embed_of_token": ("fsdp", "fsdp_ring"),  # of activations whose tokens are over `context` already
     "heads": ("tensor",),
     "heads_fsdp": ("tensor", *WEIGHT_AXES),
     "kv": ("tensor",),
