@@ -129,7 +129,7 @@ def run_steps(train: SimpleTrainConfig, devices: int, directory: Path, steps: in
     for index in range(steps):
         state, metrics = step(state, place(rows(index), partitioning.batch_sharding(mesh)))
         states.append(jax.device_get(state))
-        history.append({name: float(value) for name, value in metrics.items()})
+        history.append({name: float(value) for name, value in metrics.items() if value.ndim == 0})
         if index == steps // 2:
             checkpoints = Checkpoints(directory, keep_every=1, max_to_keep=1)
             checkpoints.save(index + 1, state, {})

@@ -66,7 +66,7 @@ def run_steps(config: LlamaConfig, train: SimpleTrainConfig, devices: int, steps
     history = []
     for index in range(steps):
         state, metrics = step(state, place(rows(index), partitioning.batch_sharding(mesh)))
-        history.append({name: float(value) for name, value in metrics.items()})
+        history.append({name: float(value) for name, value in metrics.items() if value.ndim == 0})
     return jax.device_get(state), history
 
 
