@@ -22,7 +22,10 @@ hypothesis.settings.register_profile("untimed", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("untimed")
 
 # Two processes take file after file: the long ones first, so that neither is left with one at the end.
-LONGEST_FIRST = ("test_main_job.py", "test_trainer.py", "test_deployment.py", "test_train_step.py", "test_partitioning.py")
+LONGEST_FIRST = (
+    "test_main_job.py", "test_trainer.py", "test_preflight_command.py", "test_deployment.py", "test_train_step.py", "test_partitioning.py",
+    "test_processes.py", "test_caching.py", "test_completion.py", "test_harness.py", "test_initialize.py", "test_evaluation.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -197,6 +197,7 @@ def leaves(trainer: Trainer) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(jax.device_get(trainer.state))]
 
 
+@pytest.mark.slow
 def test_equal_stages_are_the_plain_number_bit_for_bit(mixture: Path, tmp_path: Path) -> None:
     plain = trainer_of(tmp_path / "plain", mixture, train_batch_size=8)
     staged = trainer_of(tmp_path / "staged", mixture, train_batch_size=stages((0, 8), (2, 8)))

@@ -48,7 +48,7 @@ def command(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("temperature", [0.0, pytest.param(0.9, marks=pytest.mark.slow)])
 def test_what_is_streamed_is_what_generate_gives(run: TrainedRun, temperature: float) -> None:
     model = TrainedModel.open(run.directory)
     ids = [model.prompt_ids(prompt) for prompt in PROMPTS]
@@ -60,6 +60,7 @@ def test_what_is_streamed_is_what_generate_gives(run: TrainedRun, temperature: f
     assert all(said)
 
 
+@pytest.mark.slow
 def test_every_form_of_a_checkpoint_gives_the_same_text(run: TrainedRun, tmp_path: Path) -> None:
     expected = texts(run.directory, **SAMPLED)
     assert texts(run.hf, temperature=0) == texts(run.directory, temperature=0)

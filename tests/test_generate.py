@@ -67,6 +67,7 @@ def test_padding_of_the_vocabulary_is_never_drawn(params: dict) -> None:
     assert all(token < 50 for row in drawn[1.0] for token in row)
 
 
+@pytest.mark.slow
 def test_parameters_on_a_mesh_and_on_the_host_generate_the_same(params: dict) -> None:
     expected = generate(params, CONFIG, PROMPTS, max_new_tokens=5, temperature=0.0, seed=0)
     mesh = make_mesh(tensor=2)
@@ -107,6 +108,7 @@ def test_a_row_does_not_depend_on_the_other_prompts(params: dict) -> None:
     assert generate(params, CONFIG, PROMPTS[:1], max_new_tokens=8, temperature=0.7, seed=5) == together[:1]
 
 
+@pytest.mark.slow
 def test_samples_follow_the_distribution(params: dict) -> None:
     logits = forward(params, jnp.array([[1, 7]]), CONFIG)[0, -1] / 1.5
     rows = generate(params, CONFIG, [[1, 7]] * 1000, max_new_tokens=1, temperature=1.5, seed=0)

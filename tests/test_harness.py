@@ -103,6 +103,7 @@ def test_whole_texts_in_windows(model: TrainedModel, run: TrainedRun) -> None:
             assert nats == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_generation_ends_at_a_stop_sequence(model: TrainedModel) -> None:
     adapter = LmEvalModel(model, batch_size=2)
     asked: list[tuple] = [("Enter", {"until": [], "max_gen_toks": 20, "do_sample": True, "temperature": 1.0})]
@@ -120,6 +121,7 @@ def test_generation_ends_at_a_stop_sequence(model: TrainedModel) -> None:
             adapter.generate_until(instances("generate_until", [("a", settings)]))
 
 
+@pytest.mark.slow
 def test_tasks_are_known_by_name(run: TrainedRun, tasks: Path) -> None:
     with pytest.raises(ValueError, match=r"lm-eval has no task 'choos' \(did you mean 'choose'\?\)"):
         run_harness(HarnessJob(model=run.hf, tasks=("choos",), task_dir=tasks))

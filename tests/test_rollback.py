@@ -71,6 +71,7 @@ def test_it_goes_back_to_the_checkpoint_and_over_the_data_since(mixture: Path, t
     assert curve(tmp_path / "run") == curve(tmp_path / "expected")
 
 
+@pytest.mark.slow
 def test_it_goes_back_no_more_often_than_it_may(mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     poison(monkeypatch, 3, 50)
     with pytest.raises(NonFiniteLoss, match=r"step 6, rows 48 to 55 .*last good checkpoint is step 4; .*train\.max_rollbacks"):

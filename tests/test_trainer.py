@@ -224,7 +224,7 @@ def test_the_norms_of_layers_and_the_memory_are_in_the_log(undisturbed: Path) ->
 
 
 def test_a_batch_without_a_token_that_counts_is_named(mixture: Path, tmp_path: Path) -> None:
-    job = TrainingJob.model_validate_json(write_job(tmp_path / "run", mixture, train_batch_size=8).read_text())
+    job = TrainingJob.model_validate_json(write_job(tmp_path / "run", mixture, train_batch_size=8, compiler_options=QUICK).read_text())
     trainer = Trainer(job)
     batch = trainer.feed.take()
     _, metrics = trainer.train_step(trainer.state, {**batch, "loss_weights": batch["loss_weights"] * 0})
@@ -233,7 +233,7 @@ def test_a_batch_without_a_token_that_counts_is_named(mixture: Path, tmp_path: P
     trainer.close()
 
 
-@pytest.mark.parametrize("asked_after", [1, 4, 6])
+@pytest.mark.parametrize("asked_after", [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(6, marks=pytest.mark.slow)])
 def test_asked_to_stop_at_any_moment_it_saves_the_step_it_stops_at(mixture: Path, tmp_path: Path, asked_after: int) -> None:
     """The request comes while the metrics of a step are read: the first one, one after which something is due, and another."""
     path = write_job(tmp_path / "run", mixture, train_batch_size=8, steps_per_eval=4, steps_per_export=100, compiler_options=QUICK)
