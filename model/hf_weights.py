@@ -26,7 +26,7 @@ CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "mod
 _READABLE_DTYPES = ("F64", "F32", "F16", "BF16")  # names in the safetensors header
 _FREQUENCIES = ".rotary_emb.inv_freq"  # in old exports; the configuration determines them
 # Fields that decide nothing about weights which are there already.
-_FREE_FIELDS = frozenset({"seq_len", "head_dim", "vocab_size", "initializer", "initializer_range", "pad_vocab_to_multiple_of"})
+FREE_FIELDS = frozenset({"seq_len", "head_dim", "vocab_size", "initializer", "initializer_range", "pad_vocab_to_multiple_of"})
 
 
 class StoredTensors:
@@ -96,7 +96,7 @@ class HfWeights:
                 self._parts.setdefault(ours, []).append((name, tensor))
         self.unused = sorted(self._stored.names - {name for parts in self._parts.values() for name, _ in parts})
         theirs, ours = self._stored.config.identity(), config.identity()
-        changed = (name for name in ours if name not in _FREE_FIELDS and theirs[name] != ours[name])
+        changed = (name for name in ours if name not in FREE_FIELDS and theirs[name] != ours[name])
         self.differences = [f"model.{name} is {theirs[name]!r} in its {CONFIG_FILE}, {ours[name]!r} here" for name in changed]
 
     def problems(self, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, str]:

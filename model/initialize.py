@@ -15,7 +15,7 @@ from model.checkpoint_files import find_checkpoint
 from model.config import LlamaConfig
 from model.data_position import Jump
 from model.distributed import is_leader, leaders_word
-from model.hf_weights import HfWeights
+from model.hf_weights import FREE_FIELDS, HfWeights
 from model.parameters import init_params
 from model.train_config import SimpleTrainConfig
 from model.train_step import TrainState, abstract_state, first_state
@@ -53,11 +53,11 @@ class Weights(Protocol):
 class CheckpointWeights:
     """The leaves of one checkpoint's state."""
 
-    def __init__(self, directory: Path, asked_for: Leaves) -> None:
+    def __init__(self, directory: Path, asked_for: Leaves, config: LlamaConfig) -> None:
         self._directory = directory
         self._shapes = stored_shapes(directory)
         self.unused = sorted(self._shapes.keys() - asked_for.keys())
-        self.differences: list[str] = []
+        self.differences = _differences(read_progress(directory).get("config", {}).get("model", {}), config)
 
     def problems(self, leaves: Leaves) -> dict[str, str]:
         """Those that are not stored, or have another shape."""
@@ -92,7 +92,7 @@ def initialize(config: LlamaConfig, train: SimpleTrainConfig, mesh: Mesh, loader
     assert train.initialize_from_checkpoint_path is not None
     directory = _checkpoint(Path(train.initialize_from_checkpoint_path).expanduser())
     wanted = _weights_of(leaves) if train.initialize_weights_only else leaves
-    loaded, notes = _load(CheckpointWeights(directory, leaves), wanted, train, str(directory))
+    loaded, notes = _load(CheckpointWeights(directory, leaves, config), wanted, train, str(directory))
     state = _completed(abstract, loaded, config, train)
     step = int(state.step)
     if step >= train.num_train_steps:
@@ -103,6 +103,20 @@ def initialize(config: LlamaConfig, train: SimpleTrainConfig, mesh: Mesh, loader
     return Initialized(state, _jumps(step, read_progress(directory)["data"], train, loader_state), notes)
 
 
+def _differences(theirs: Mapping[str, Any], config: LlamaConfig) -> list[str]:
+    """Fields of the model that differ from those of a checkpoint without changing a shape.
+
+    Raises:
+        ValueError: its weights are those of other heads.
+    """
+    ours = config.identity()
+    changed = [name for name in ours if name in theirs and name not in FREE_FIELDS and theirs[name] != ours[name]]
+    told = [f"model.{name} was {theirs[name]!r}, is {ours[name]!r}" for name in changed]
+    if {"num_heads", "num_kv_heads"} & set(changed):
+        raise ValueError(f"the checkpoint has weights of other heads: {'; '.join(told)}. Give this run the model that it was made with")
+    return told
+
+
 def _weights_of(leaves: Leaves) -> Leaves:
     return {name: leaf for name, leaf in leaves.items() if name.startswith("params/")}
 
@@ -110,9 +124,11 @@ def _weights_of(leaves: Leaves) -> Leaves:
 def _checkpoint(path: Path) -> Path:
     """Process 0 verifies; the others take the step that it found."""
     found = find_checkpoint(path) if is_leader() else None
-    step = leaders_word(0 if found is None else int(found.name))
-    if found is not None:
+    if jax.process_count() == 1 and found is not None:
         return found
+    step = leaders_word(int(found.name) if found is not None and found.name.isdigit() else -1)
+    if step < 0:
+        raise ValueError(f"train.initialize_from_checkpoint_path={str(path)!r}: name the directory of one step by its step, as the run did")
     below = next((place / str(step) for place in (path / "checkpoints", path) if (place / str(step)).is_dir()), path)
     return below
 

@@ -37,7 +37,8 @@ class Requests:
     def __init__(self, directory: Path, mesh: Mesh, *, minutes_between_saves: float | None) -> None:
         """`directory` is the run's; `minutes_between_saves` None never asks by the clock."""
         self.agreed = Request.NOTHING
-        self._asked = Request.NOTHING
+        # One flag each, written whole: a signal handler may come between any two steps of a calculation.
+        self._stop = self._save = False
         self._file = directory / SAVE_FILE
         self._seconds = None if minutes_between_saves is None else 60.0 * minutes_between_saves
         self._agreement = Agreement(mesh)
@@ -46,7 +47,10 @@ class Requests:
 
     def ask(self, request: Request) -> None:
         """Asks for it; called from signal handlers too."""
-        self._asked = max(self._asked, request)
+        if request == Request.STOP:
+            self._stop = True
+        elif request == Request.SAVE:
+            self._save = True
 
     def say(self) -> jax.Array | None:
         """Tells the other processes what this one was asked, along with a step that was just started."""
@@ -61,7 +65,9 @@ class Requests:
         self._saved = time.monotonic()
         if self._looks:
             self._file.unlink(missing_ok=True)
-        self._asked, self.agreed = (r if r == Request.STOP else Request.NOTHING for r in (self._asked, self.agreed))
+        self._save = False
+        if self.agreed != Request.STOP:
+            self.agreed = Request.NOTHING
 
     def _wanted(self) -> Request:
         now = time.monotonic()
@@ -71,4 +77,4 @@ class Requests:
                 self.ask(Request.SAVE)
             if self._seconds is not None and now - self._saved >= self._seconds:
                 self.ask(Request.SAVE)
-        return self._asked
+        return Request.STOP if self._stop else Request.SAVE if self._save else Request.NOTHING

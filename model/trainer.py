@@ -67,6 +67,7 @@ class Trainer:
         self.checkpoints = Checkpoints(
             job.directory / "checkpoints", keep_every=job.train.steps_per_export, max_to_keep=job.train.max_checkpoints
         )
+        self.state: Any
         self.state, jumps, where, self.notes = begin(job, self.config, self.mesh, self.checkpoints, loader.state(0))
         self.first_step = self.step = self._dispatched = int(self.state.step)
         self.data = DataPosition(loader, partitioning.batch_sharding(self.mesh), jumps)
@@ -209,10 +210,15 @@ class Trainer:
             )
         return (
             f"step {step}, {self.data.describe(step - 1)}: loss {values['train/loss']}, gradient norm {values['grad/norm/total']}: not "
-            f"finite, so the weights were not updated. The last good checkpoint is step {self.checkpoints.latest_step()}; lower "
+            f"finite, so the weights were not updated. It would go on from step {self.last_good_step()}; lower "
             f"train.learning_rate (now {self.job.train.learning_rate:g}), lengthen train.warmup, set train.z_loss_weight, or let it go on "
             f"without this data: train.max_rollbacks"
         )
+
+    def last_good_step(self) -> int:
+        """The step that the run would go back to: of its newest checkpoint, else the one it began at."""
+        newest = self.checkpoints.latest_step()
+        return self.first_step if newest is None else newest
 
     def close(self) -> None:
         """Closes what is open. The last checkpoint is committed first: who was asked to stop may soon be killed."""

@@ -69,10 +69,11 @@ def train(job: TrainingJob, signals: Signals, began: float) -> Trainer:
         except NonFiniteLoss as error:
             trainer.close()
             go_back(trainer, error)
+            trainer.state = None  # or the devices would hold it beside the one that is restored
 
 
 def go_back(trainer: Trainer, error: NonFiniteLoss) -> None:
-    """Writes down that the run goes on from its newest checkpoint with other data: what came between is skipped (PaLM, section 5.1).
+    """Writes down that the run goes on where it last was good, with other data: what came between is skipped (PaLM, section 5.1).
 
     Raises:
         NonFiniteLoss: that was done as often as `train.max_rollbacks` allows.
@@ -80,7 +81,7 @@ def go_back(trainer: Trainer, error: NonFiniteLoss) -> None:
     done, allowed = len(read_skipped_data(trainer.job.directory)), trainer.job.train.max_rollbacks
     if done >= allowed:
         raise error
-    step = trainer.checkpoints.latest_step() or 0
+    step = trainer.last_good_step()
     rows = trainer.data.first_row(error.step) - trainer.data.first_row(step)
     wait_for_all("all know how often it went back")
     if is_leader():
@@ -93,7 +94,7 @@ class Signals:
     """SIGTERM and SIGUSR1 as requests to the trainer; one that comes while it is being made waits for it."""
 
     def __init__(self) -> None:
-        self._early = Request.NOTHING
+        self._early: list[Request] = []  # appended to, never calculated with: a handler may interrupt anything
         self._trainer: Trainer | None = None
         signal.signal(signal.SIGTERM, lambda *_: self._ask(Request.STOP))
         signal.signal(signal.SIGUSR1, lambda *_: self._ask(Request.SAVE))
@@ -102,10 +103,11 @@ class Signals:
     def go_to(self, trainer: Trainer) -> None:
         """Hands on what came and what will come."""
         self._trainer = trainer
-        trainer.requests.ask(self._early)
+        for request in self._early:
+            trainer.requests.ask(request)
 
     def _ask(self, request: Request) -> None:
-        self._early = max(self._early, request)
+        self._early.append(request)
         if self._trainer is not None:
             self._trainer.requests.ask(request)
 

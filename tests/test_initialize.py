@@ -56,7 +56,7 @@ def saved(theirs: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFactor
     checkpoints = Checkpoints(directory / "checkpoints", keep_every=10)
     state = jax.tree.unflatten(jax.tree.structure(init_state(model(), train(), mesh())), theirs.values())
     placed = jax.device_put(state, jax.tree.map(lambda x: x.sharding, init_state(model(), train(), mesh())))
-    checkpoints.save(STEP, placed, {"step": STEP, "data": {**DATA, "next_row": 44}, "jumps": []})
+    checkpoints.save(STEP, placed, {"step": STEP, "data": {**DATA, "next_row": 44}, "jumps": [], "config": {"model": model().identity()}})
     checkpoints.close()
     return directory
 
@@ -112,6 +112,14 @@ def test_what_is_missing_is_refused_with_its_names_or_begins_fresh(saved: Path, 
     np.testing.assert_array_equal(state["params/embed"], init_state(other, train(), mesh()).params["embed"])
     with pytest.raises(ValueError, match=r"set train\.initialize_weights_only to begin without its optimizer"):
         begun(saved, optimizer="adafactor")
+
+
+def test_a_model_that_differs_without_another_shape_is_told_and_one_of_other_heads_refused(saved: Path) -> None:
+    notes = begun(saved, of=model(rope=RopeConfig(theta=5e5), layer_norm_epsilon=1e-2))[1].notes
+    assert "model.layer_norm_epsilon was 1e-05, is 0.01" in notes
+    assert any(note.startswith("model.rope was {") for note in notes)
+    with pytest.raises(ValueError, match=r"weights of other heads: model\.num_heads was 4, is 8; model\.num_kv_heads was 2, is 4"):
+        begun(saved, of=model(num_heads=8, num_kv_heads=4))
 
 
 def test_a_run_that_ends_before_it_begins_is_refused(saved: Path) -> None:

@@ -71,9 +71,20 @@ def test_it_goes_back_to_the_checkpoint_and_over_the_data_since(mixture: Path, t
     assert curve(tmp_path / "run") == curve(tmp_path / "expected")
 
 
+def test_before_its_first_checkpoint_it_goes_back_to_where_it_began(mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(job(tmp_path / "before", mixture, max_rollbacks=0), NoSignals(), 0.0)  # pyright: ignore[reportArgumentType]
+    poison(monkeypatch, 83)
+    begins = {"initialize_from_checkpoint_path": str(tmp_path / "before" / "checkpoints" / "8"), "reset_data_loader_on_init": False}
+    here = job(tmp_path / "run", mixture, max_rollbacks=1, **begins).model_copy(update={"fingerprint": "c" * 64})
+    later = here.model_copy(update={"train": here.train.model_copy(update={"steps_per_export": 100})})
+    assert train(later, NoSignals(), 0.0).step == 12  # pyright: ignore[reportArgumentType]
+    skipped = json.loads((tmp_path / "run" / SKIPPED_DATA).read_text())["skipped"]
+    assert [(one["step"], one["rows"]) for one in skipped] == [(8, 24)]
+
+
 @pytest.mark.slow
 def test_it_goes_back_no_more_often_than_it_may(mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     poison(monkeypatch, 3, 50)
-    with pytest.raises(NonFiniteLoss, match=r"step 6, rows 48 to 55 .*last good checkpoint is step 4; .*train\.max_rollbacks"):
+    with pytest.raises(NonFiniteLoss, match=r"step 6, rows 48 to 55 .*would go on from step 4; .*train\.max_rollbacks"):
         train(job(tmp_path / "run", mixture, max_rollbacks=1), NoSignals(), 0.0)  # pyright: ignore[reportArgumentType]
     assert max(curve(tmp_path / "run")) == 5
