@@ -53,13 +53,11 @@ class Terminal:
 
     def __init__(self, prompts: tuple[str, ...]) -> None:
         self._prompts, self._begun = prompts, -1
-        self.refused = False
 
     def on_event(self, event: dict[str, Any]) -> None:
         """Shows one event of the completion process."""
         if event["event"] == "error":
-            self.refused = True
-            return
+            return  # the caller says it
         if event["prompt"] != self._begun:
             self._begun = event["prompt"]
             print("\n" * (self._begun > 0) + self._prompts[self._begun], end="")
@@ -94,7 +92,7 @@ def _complete(options: Arguments) -> int:
             run_child("model.completion", [str(job_file)], terminal.on_event)
         except ChildFailed as error:
             print(f"error: {error}", file=sys.stderr)
-            return 2 if terminal.refused else 1
+            return 2 if error.named else 1
     return 0
 
 

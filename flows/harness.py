@@ -87,7 +87,7 @@ def _evaluate(options: Arguments) -> int:
         artifact = evaluate_model(job, root=str(root_directory(options.root)), force=options.force)
     except ChildFailed as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if error.named else 1
     table = Table("metric", "value", show_edge=False, pad_edge=False)
     results = Path(artifact.path) / RESULTS
     for name, value in sorted(json.loads(results.read_text(encoding="utf-8"))["metrics"].items()):

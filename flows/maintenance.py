@@ -1,4 +1,4 @@
-"""The commands beside training: `doctor`, `verify PATH`, `adopt PATH`."""
+"""The commands beside training: `doctor`, `verify PATH`, `adopt PATH`, `rollback PATH`."""
 
 from __future__ import annotations
 
@@ -88,4 +88,24 @@ def adopt_command(arguments: list[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"doctor": doctor, "verify": verify, "adopt": adopt_command}
+def rollback(arguments: list[str]) -> int:
+    """Takes a run back before a spike of its loss, and past the data that made it."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Rollback:
+        path: tyro.conf.Positional[Path]
+        """The run's directory, artifacts/checkpoints/NAME-..."""
+        to: int
+        """Step of the checkpoint to go back to, best some 100 steps before the loss rose."""
+        skip: int
+        """Leave out the data of so many steps after it; 200 to 500 are usual."""
+
+    from tasks.rollback import roll_back
+
+    description = "Take a run that is stopped back to a checkpoint and past the data after it: what helps against a spike of the loss."
+    options = tyro.cli(Rollback, args=arguments, prog="train.py rollback", description=description)
+    print(roll_back(options.path, to_step=options.to, skip_steps=options.skip))
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"doctor": doctor, "verify": verify, "adopt": adopt_command, "rollback": rollback}

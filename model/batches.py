@@ -124,6 +124,7 @@ class BatchLoader:
         return {
             "order_version": ORDER_VERSION,
             "mixture": self.mixture.fingerprint,
+            "tokenizer": self.mixture.tokenizer.digest,
             "seed": self.seed,
             "seq_len": self.seq_len,
             "global_batch_size": self.batch_sizes.as_json,

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
+from model.batches import BatchLoader
 from model.checkpoint import Checkpoints
 from model.config import LlamaConfig
-from model.data_position import Jump
-from model.durable import write_json
 from model.initialize import initialize
 from model.job import TrainingJob
+from model.jumps import SKIPPED_DATA, Jump, read_skipped_data
 from model.train_step import TrainState, abstract_state, init_state
-
-SKIPPED_DATA = "skipped-data.json"
 
 
 class Beginning(NamedTuple):
@@ -29,7 +27,7 @@ class Beginning(NamedTuple):
     notes: tuple[str, ...] = ()  # what a person should know about it
 
 
-def begin(job: TrainingJob, config: LlamaConfig, mesh: Mesh, checkpoints: Checkpoints, loader_state: Mapping[str, Any]) -> Beginning:
+def begin(job: TrainingJob, config: LlamaConfig, mesh: Mesh, checkpoints: Checkpoints, loader: BatchLoader) -> Beginning:
     """The state and the data's jumps that the run goes on with.
 
     Raises:
@@ -39,7 +37,7 @@ def begin(job: TrainingJob, config: LlamaConfig, mesh: Mesh, checkpoints: Checkp
     if checkpoints.latest_step() is None:
         if job.train.initialize_from_checkpoint_path is None and job.train.initialize_from_hf is None:
             return Beginning(init_state(config, job.train, mesh), skipped, None)
-        state, jumps, notes = initialize(config, job.train, mesh, loader_state)
+        state, jumps, notes = initialize(config, job.train, mesh, loader_state=loader.state(0), tokenizer=loader.mixture.tokenizer.path)
         return Beginning(state, (*jumps, *skipped), None, notes)
     progress = checkpoints.progress()
     if progress["run"] != job.fingerprint:
@@ -50,32 +48,15 @@ def begin(job: TrainingJob, config: LlamaConfig, mesh: Mesh, checkpoints: Checkp
 
 def _jumps(progress: Mapping[str, Any], skipped: Sequence[Jump], directory: Path) -> tuple[Jump, ...]:
     """Those that the checkpoint was made with, and those since: data is skipped from a checkpoint's step on."""
-    made_with = {Jump(*jump) for jump in progress["jumps"]}
-    for jump in set(skipped) - made_with:
+    made_with = Counter(Jump(*jump) for jump in progress["jumps"])
+    since = Counter(skipped) - made_with  # counted: two ranges may begin at one step and be of one length
+    for jump in since:
         if jump.step < progress["step"]:
             raise ValueError(
                 f"{directory / SKIPPED_DATA} says that {jump.rows} rows were skipped at step {jump.step}, and the checkpoint of step "
                 f"{progress['step']} was trained without that: restore the file as it was"
             )
-    return tuple(sorted({*made_with, *skipped}))
-
-
-def read_skipped_data(directory: Path) -> tuple[Jump, ...]:
-    """The jumps over data that broke the training, as `skip_data` wrote them."""
-    try:
-        content = json.loads((directory / SKIPPED_DATA).read_text(encoding="utf-8"))
-        return tuple(Jump(int(one["step"]), int(one["rows"])) for one in content["skipped"])
-    except FileNotFoundError:
-        return ()
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{directory / SKIPPED_DATA} cannot be read ({error}): restore it, or the data that follows is unknown") from None
-
-
-def skip_data(directory: Path, step: int, rows: int, why: str) -> None:
-    """Writes down that from `step` on the data is `rows` further: every process that begins after this knows."""
-    path = directory / SKIPPED_DATA
-    before = json.loads(path.read_text(encoding="utf-8"))["skipped"] if path.exists() else []
-    write_json(path, {"skipped": [*before, {"step": step, "rows": rows, "why": why}]})
+    return tuple(sorted([*made_with.elements(), *since.elements()]))
 
 
 def _another_run(directory: Path, progress: Mapping[str, Any], job: TrainingJob) -> str:

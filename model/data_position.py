@@ -8,20 +8,14 @@ another run go on with data of their own.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.sharding import Sharding
 
 from model.batches import BatchLoader
 from model.feed import held_rows, place
-
-
-class Jump(NamedTuple):
-    """From step `step` on, the data is `rows` further than it would be; before is where it is negative."""
-
-    step: int
-    rows: int
+from model.jumps import Jump
 
 
 class DataPosition:

@@ -1,5 +1,7 @@
 """The harness process: `python -m model.harness JOB.json RESULTS.json` runs tasks of lm-eval on one model and writes their metrics.
 
+On standard output, a JSON line for each batch: `{"event": "progress", "what": "likelihoods", "done": REQUESTS, "total": REQUESTS}`.
+
 RESULTS.json: `metrics`, flat, named `lm_eval/<task>/<metric>` and `lm_eval/averages/{macro,micro}_avg_<metric>` as Levanter names them,
 and lm-eval's own `results`, `n-samples`, `n-shot` and `versions`.
 """
@@ -11,6 +13,7 @@ import sys
 import traceback
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -46,7 +49,7 @@ def run_harness(job: HarnessJob) -> dict[str, Any]:
     for name in job.tasks:
         if name not in manager.all_tasks:
             raise ValueError(f"lm-eval has no task {name!r}{nearest(name, manager.all_tasks)}: give --task-dir for tasks of your own")
-    model = LmEvalModel(TrainedModel.open(job.model), batch_size=job.batch_size, score_bos=job.score_bos)
+    model = LmEvalModel(TrainedModel.open(job.model), batch_size=job.batch_size, score_bos=job.score_bos, tell=partial(emit, "progress"))
     found = simple_evaluate(
         model=model,
         tasks=list(job.tasks),
@@ -92,6 +95,7 @@ def main(job_file: Path, results: Path) -> int:
     except Exception as error:
         if not isinstance(error, ValueError | OSError):
             traceback.print_exc()
+            return 1
         emit("error", message=str(error), type=type(error).__name__)
         return 1
     return 0

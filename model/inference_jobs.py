@@ -17,7 +17,7 @@ class CompletionJob(Config):
     max_new_tokens: int | None = Field(
         default=None, ge=1, description="Longest continuation; unset: 128, or what the context has room for."
     )
-    temperature: float = Field(default=0.8, ge=0, description="Divides the logits; 0 takes the likeliest token.")
+    temperature: float = Field(default=0.8, ge=0, allow_inf_nan=False, description="Divides the logits; 0 takes the likeliest token.")
     top_p: float = Field(default=0.95, gt=0, le=1, description="Sample from the likeliest tokens that hold this probability.")
     seed: int = Field(default=0, ge=0, lt=2**32, description="Of the sampling.")
 

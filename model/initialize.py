@@ -13,9 +13,10 @@ from jax.sharding import Mesh
 from model.checkpoint import named_leaves, read_progress, restore_leaves, stored_shapes
 from model.checkpoint_files import find_checkpoint
 from model.config import LlamaConfig
-from model.data_position import Jump
 from model.distributed import is_leader, leaders_word
+from model.foreign_ids import INDEXED_BY_ID, foreign_to_checkpoint, foreign_to_hf
 from model.hf_weights import FREE_FIELDS, HfWeights
+from model.jumps import Jump
 from model.parameters import init_params
 from model.train_config import SimpleTrainConfig
 from model.train_step import TrainState, abstract_state, first_state
@@ -74,11 +75,14 @@ class CheckpointWeights:
         return restore_leaves(self._directory, leaves)
 
 
-def initialize(config: LlamaConfig, train: SimpleTrainConfig, mesh: Mesh, loader_state: Mapping[str, Any]) -> Initialized:
+def initialize(
+    config: LlamaConfig, train: SimpleTrainConfig, mesh: Mesh, *, loader_state: Mapping[str, Any], tokenizer: Path
+) -> Initialized:
     """The state that `train.initialize_from_checkpoint_path` or `train.initialize_from_hf` gives.
 
     Args:
         loader_state: what the order of the data is a function of (`BatchLoader.state`): a checkpoint's position is one in that order.
+        tokenizer: that of the data.
 
     Raises:
         ValueError: the source is damaged or of another shape, lacks something, or is as far as the run is to go.
@@ -86,13 +90,16 @@ def initialize(config: LlamaConfig, train: SimpleTrainConfig, mesh: Mesh, loader
     abstract = abstract_state(config, train, mesh)
     leaves = named_leaves(abstract)
     if train.initialize_from_hf is not None:
-        source = HfWeights(Path(train.initialize_from_hf).expanduser(), config)
-        loaded, notes = _load(source, _weights_of(leaves), train, train.initialize_from_hf)
+        exported = Path(train.initialize_from_hf).expanduser()
+        source, foreign = HfWeights(exported, config), foreign_to_hf(exported, tokenizer)
+        loaded, notes = _load(source, _weights_of(leaves), train, train.initialize_from_hf, foreign)
         return Initialized(_completed(abstract, loaded, config, train), (), notes)
     assert train.initialize_from_checkpoint_path is not None
     directory = _checkpoint(Path(train.initialize_from_checkpoint_path).expanduser())
     wanted = _weights_of(leaves) if train.initialize_weights_only else leaves
-    loaded, notes = _load(CheckpointWeights(directory, leaves, config), wanted, train, str(directory))
+    theirs = read_progress(directory)["data"]
+    foreign = foreign_to_checkpoint(theirs, loader_state)
+    loaded, notes = _load(CheckpointWeights(directory, leaves, config), wanted, train, str(directory), foreign)
     state = _completed(abstract, loaded, config, train)
     step = int(state.step)
     if step >= train.num_train_steps:
@@ -100,7 +107,7 @@ def initialize(config: LlamaConfig, train: SimpleTrainConfig, mesh: Mesh, loader
             f"{directory} is of step {step} and train.num_train_steps={train.num_train_steps}: raise it, or set "
             f"train.initialize_weights_only to begin at step 0 with its weights"
         )
-    return Initialized(state, _jumps(step, read_progress(directory)["data"], train, loader_state), notes)
+    return Initialized(state, _jumps(step, theirs, train, loader_state), notes)
 
 
 def _differences(theirs: Mapping[str, Any], config: LlamaConfig) -> list[str]:
@@ -133,8 +140,12 @@ def _checkpoint(path: Path) -> Path:
     return below
 
 
-def _load(source: Weights, wanted: Leaves, train: SimpleTrainConfig, where: str) -> tuple[dict[str, jax.Array], tuple[str, ...]]:
+def _load(
+    source: Weights, wanted: Leaves, train: SimpleTrainConfig, where: str, foreign: str | None
+) -> tuple[dict[str, jax.Array], tuple[str, ...]]:
     problems = source.problems(wanted)
+    if foreign is not None:
+        problems |= {name: foreign for name in wanted if name.split("/")[-1] in INDEXED_BY_ID}
     real = {name: problem for name, problem in problems.items() if not name.startswith(REPLACEABLE)}
     if real and (not train.allow_partial_checkpoint or len(real) == len(wanted)):
         raise ValueError(

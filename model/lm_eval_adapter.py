@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -44,10 +44,15 @@ Request = tuple[Any, list[int], list[int]]  # a key, the context's ids, the cont
 class LmEvalModel(TemplateLM):
     """A TrainedModel behind lm-eval's interface."""
 
-    def __init__(self, model: TrainedModel, *, batch_size: int, score_bos: bool = True) -> None:
-        """`batch_size`: rows at once, rounded up to what the devices divide; `score_bos`: see the module."""
+    def __init__(
+        self, model: TrainedModel, *, batch_size: int, score_bos: bool = True, tell: Callable[..., object] = lambda **_: None
+    ) -> None:
+        """`batch_size`: rows at once, rounded up to what the devices divide; `score_bos`: see the module.
+
+        `tell` is called after each batch, with `what` ("likelihoods" or "texts"), and how many requests are `done` of the `total`.
+        """
         super().__init__()
-        self._model, self._score_bos = model, score_bos
+        self._model, self._score_bos, self._tell = model, score_bos, tell
         self._sharding = batch_sharding(model.mesh)
         devices = model.mesh.devices.size
         self._rows = -(-batch_size // devices) * devices
@@ -101,6 +106,7 @@ class LmEvalModel(TemplateLM):
                 )
             by_length[self._padded(min(len(context) + len(continuation) - 1, self.max_length))].append(index)
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        done = 0
         for length in sorted(by_length, reverse=True):  # what needs most memory first
             for some in _chunks(by_length[length], self._rows):
                 batch = _scored_rows([requests[index] for index in some], self._rows, length)
@@ -108,6 +114,8 @@ class LmEvalModel(TemplateLM):
                 nats_B, greedy_B = _score(model.config, model.mesh, model.params, place(batch, self._sharding))
                 for index, nats, greedy in zip(some, np.asarray(nats_B).tolist(), np.asarray(greedy_B).tolist(), strict=False):
                     answers[index] = nats, greedy
+                done += len(some)
+                self._tell(what="likelihoods", done=done, total=len(requests))
         return answers
 
     def _padded(self, length: int) -> int:
@@ -124,22 +132,31 @@ class LmEvalModel(TemplateLM):
         for index, (_, given) in enumerate(asked):
             by_settings[repr(sorted(given.items()))].append(index)
         texts = [""] * len(requests)
+        done = 0
         for indices in by_settings.values():
             settings: dict[str, Any] = dict(normalize_gen_kwargs(asked[indices[0]][1], self.max_gen_toks))
             most = int(settings["max_gen_toks"])
             if most >= self.max_length:
                 raise ValueError(f"a task asks for max_gen_toks={most} of a model whose context is {self.max_length} tokens: lower it")
             prompts = {index: self.tok_encode(asked[index][0])[most - self.max_length :] for index in indices}
-            for some in _chunks(sorted(indices, key=lambda index: -len(prompts[index])), self._rows):
-                for index, text in zip(some, self._continue([prompts[index] for index in some], settings), strict=True):
+            chunks = _chunks(sorted(indices, key=lambda index: -len(prompts[index])), self._rows)
+            for seed, some in enumerate(chunks):  # a task may ask the same several times, for several samples
+                for index, text in zip(some, self._continue([prompts[index] for index in some], settings, seed), strict=True):
                     texts[index] = text
+                done += len(some)
+                self._tell(what="texts", done=done, total=len(requests))
         return texts
 
-    def _continue(self, prompts: list[list[int]], settings: dict[str, Any]) -> list[str]:
+    def _continue(self, prompts: list[list[int]], settings: dict[str, Any], seed: int) -> list[str]:
         known = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}
         sampling = bool(settings["do_sample"])
         if sampling and (unknown := settings.keys() - known):
             raise ValueError(f"a task samples with {', '.join(sorted(unknown))}: only temperature and top_p are there; change the task")
+        temperature = float(settings.get("temperature", 0.0))
+        if sampling and temperature == 0.0:
+            raise ValueError(
+                "a task samples (do_sample: true) without a temperature above 0: set one, or do_sample: false; change the task"
+            )
         model, rows = self._model, [list[int]() for _ in prompts]
         until = [stop for stop in settings["until"] if stop]
         texts = [""] * len(prompts)
@@ -149,9 +166,9 @@ class LmEvalModel(TemplateLM):
             prompts,
             block=STOP_BLOCK,
             max_new_tokens=settings["max_gen_toks"],
-            temperature=float(settings.get("temperature", 0.0)) if sampling else 0.0,
+            temperature=temperature if sampling else 0.0,
             top_p=float(settings.get("top_p", 1.0)),
-            seed=0,
+            seed=seed,
             eos_id=self.eot_token_id,
             num_ids=model.vocabulary.vocab_size,
         )

@@ -37,16 +37,22 @@ def make_optimizer(train: SimpleTrainConfig) -> optax.GradientTransformationExtr
     """Global-norm clip, the optimizer, decoupled decay (Loshchilov and Hutter 2017), update clipping, times -lr, in this order.
 
     `update` takes the number of the step as `step`: a step that was skipped counts for the learning rate, not for the moments.
+    The state of each part has its name, so that a run which starts from another's checkpoint takes what is the same thing there.
     """
-    steps = [] if train.max_grad_norm is None else [optax.clip_by_global_norm(train.max_grad_norm)]
-    steps += [_scale_by_optimizer(train), optax.add_decayed_weights(train.weight_decay, mask=decay_mask)]
+    steps: list[tuple[str, optax.GradientTransformation]] = []
+    if train.max_grad_norm is not None:
+        steps.append(("clip_grad_norm", optax.clip_by_global_norm(train.max_grad_norm)))
+    steps += [
+        (train.optimizer, _scale_by_optimizer(train)),
+        ("weight_decay", optax.add_decayed_weights(train.weight_decay, mask=decay_mask)),
+    ]
     if train.optimizer == "muon" and train.muon.adam_learning_rate_ratio != 1.0:
-        steps.append(optax.masked(optax.scale(train.muon.adam_learning_rate_ratio), _adam_mask))
+        steps.append(("adam_learning_rate", optax.masked(optax.scale(train.muon.adam_learning_rate_ratio), _adam_mask)))
     if train.update_rms_clipping is not None:
-        steps.append(clip_by_matrix_rms(train.update_rms_clipping))
+        steps.append(("clip_update_rms", clip_by_matrix_rms(train.update_rms_clipping)))
     if train.clip_update_norm:
-        steps.append(clip_outlying_norm(train.update_norm_window))
-    return optax.chain(*steps, scale_by_learning_rate_of_step(learning_rate_schedule(train)))
+        steps.append(("clip_update_norm", clip_outlying_norm(train.update_norm_window)))
+    return optax.named_chain(*steps, ("learning_rate", scale_by_learning_rate_of_step(learning_rate_schedule(train))))
 
 
 def _scale_by_optimizer(train: SimpleTrainConfig) -> optax.GradientTransformation:

@@ -68,7 +68,7 @@ class Trainer:
             job.directory / "checkpoints", keep_every=job.train.steps_per_export, max_to_keep=job.train.max_checkpoints
         )
         self.state: Any
-        self.state, jumps, where, self.notes = begin(job, self.config, self.mesh, self.checkpoints, loader.state(0))
+        self.state, jumps, where, self.notes = begin(job, self.config, self.mesh, self.checkpoints, loader)
         self.first_step = self.step = self._dispatched = int(self.state.step)
         self.data = DataPosition(loader, partitioning.batch_sharding(self.mesh), jumps)
         self.data.check(where, self.step, self.last_step)

@@ -17,11 +17,11 @@ from typing import Any
 
 import jax
 
-from model.beginning import read_skipped_data, skip_data
 from model.child import STOPPED, die_with_parent, emit
 from model.distributed import is_leader, join_processes, wait_for_all
 from model.flops import CHIPS, chip_of, num_parameters
 from model.job import TrainingJob
+from model.jumps import num_rollbacks, read_skipped_data, skip_data
 from model.optimizer import decayed_names
 from model.requests import Request
 from model.slices import slice_named
@@ -78,7 +78,7 @@ def go_back(trainer: Trainer, error: NonFiniteLoss) -> None:
     Raises:
         NonFiniteLoss: that was done as often as `train.max_rollbacks` allows.
     """
-    done, allowed = len(read_skipped_data(trainer.job.directory)), trainer.job.train.max_rollbacks
+    done, allowed = num_rollbacks(trainer.job.directory), trainer.job.train.max_rollbacks
     if done >= allowed:
         raise error
     step = trainer.last_good_step()

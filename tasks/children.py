@@ -26,6 +26,11 @@ _stopping = threading.Event()
 class ChildFailed(RuntimeError):
     """The child named an error, or died; the message is complete."""
 
+    def __init__(self, message: str, *, named: bool = False) -> None:
+        """`named`: by the child itself, which foresaw it."""
+        super().__init__(message)
+        self.named = named
+
 
 class ChildStopped(RuntimeError):
     """The child saved and stopped because it was asked to."""
@@ -65,7 +70,7 @@ def run_child(module: str, arguments: list[str], on_event: Callable[[dict[str, A
             return
         if process.returncode == stopped_status or (_stopping.is_set() and error is None and process.returncode != HUNG):
             raise ChildStopped(f"{module} was stopped")
-        raise ChildFailed(error or _last_words(module, process.returncode, stderr))
+        raise ChildFailed(error or _last_words(module, process.returncode, stderr), named=error is not None)
 
 
 def _follow(process: subprocess.Popen[str], on_event: Callable[[dict[str, Any]], None]) -> str | None:

@@ -6,8 +6,10 @@ import hashlib
 import json
 import re
 import tempfile
+from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from model.config_base import Config, runtime
 from model.durable import sha256_of, write_json
@@ -16,6 +18,7 @@ from model.model_place import find_model, model_digest
 from tasks.artifacts import Artifact
 from tasks.caching import StepOutput, step_task
 from tasks.children import run_child
+from tasks.progress import StepProgress
 from tasks.steps import Step
 
 RESULTS = "results.json"
@@ -77,9 +80,37 @@ def harness_body(step: Step, directory: Path, inputs: tuple[Artifact, ...]) -> S
     with tempfile.TemporaryDirectory() as place:
         job_file = Path(place) / "job.json"
         write_json(job_file, config.job.model_dump(mode="json"))
-        run_child("model.harness", [str(job_file), str(directory.absolute() / RESULTS)], lambda event: None)
+        with _Shown(step.name) as shown:
+            run_child("model.harness", [str(job_file), str(directory.absolute() / RESULTS)], shown.on_event)
     results = json.loads((directory / RESULTS).read_text(encoding="utf-8"))
     return StepOutput(stats={"metrics": results["metrics"]}, files=[directory / RESULTS])
+
+
+class _Shown:
+    """The progress of the harness process: one bar for the likelihoods, one for the texts."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._bars: dict[str, tuple[StepProgress, int]] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> _Shown:
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._stack.__exit__(*raised)
+
+    def on_event(self, event: dict[str, Any]) -> None:
+        """Shows one event of the process."""
+        if event.get("event") != "progress":
+            return
+        what, done = event["what"], int(event["done"])
+        if what not in self._bars or done < self._bars[what][1]:  # the next kind of request has a count of its own
+            bar = StepProgress(f"{self._name}: {what}", int(event["total"]), lambda count: f"{count:,.0f}")
+            self._bars[what] = self._stack.enter_context(bar), 0
+        bar, before = self._bars[what]
+        bar.advance(done - before)
+        self._bars[what] = bar, done
 
 
 def _files_digest(directory: Path) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import cast
 from uuid import UUID
@@ -15,13 +16,24 @@ from uuid import UUID
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.context import TaskRunContext
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from tasks.formatting import size
 from tasks.records import run_logger
 
 LOG_SECONDS = 15.0
 UI_SECONDS = 5.0
+
+
+class _Amount(ProgressColumn):
+    """`1.2 GiB of 4 GiB, 30 MiB/s`, in what the bar's step counts."""
+
+    def render(self, task: Task) -> Text:
+        show: Callable[[float], str] = task.fields["show"]
+        of = "" if task.total is None else f" of {show(task.total)}"
+        speed = task.finished_speed or task.speed
+        return Text(f"{show(task.completed)}{of}" + (f", {show(speed)}/s" if speed else ""))
 
 
 class _SharedDisplay:
@@ -32,18 +44,18 @@ class _SharedDisplay:
         self._progress: Progress | None = None
         self._users = 0
 
-    def add(self, label: str, total: int | None) -> tuple[Progress, TaskID] | None:
+    def add(self, label: str, total: int | None, show: Callable[[float], str]) -> tuple[Progress, TaskID] | None:
         """A bar, or None where there is no terminal."""
         console = Console(stderr=True)
         if not console.is_terminal:
             return None
         with self._lock:
             if self._progress is None:
-                columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), DownloadColumn(), TransferSpeedColumn())
+                columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), _Amount())
                 self._progress = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console)
                 self._progress.start()
             self._users += 1
-            return self._progress, self._progress.add_task(label, total=total, note="")
+            return self._progress, self._progress.add_task(label, total=total, note="", show=show)
 
     def remove(self) -> None:
         """Ends the display with its last user."""
@@ -58,13 +70,13 @@ _display = _SharedDisplay()
 
 
 class StepProgress:
-    """The progress of one step in bytes of its source. `total` None: how much there is to do is not known.
+    """The progress of one step, in bytes of its source or in what `show` writes. `total` None: how much there is to do is not known.
 
     Safe to use from several threads. What it shows is a view: a Prefect API that is away never stops the work.
     """
 
-    def __init__(self, label: str, total: int | None) -> None:
-        self._label, self._total = label, total
+    def __init__(self, label: str, total: int | None, show: Callable[[float], str] = size) -> None:
+        self._label, self._total, self._show = label, total, show
         self._done = 0
         self._logged = self._published = time.monotonic()
         self._bar: tuple[Progress, TaskID] | None = None
@@ -73,7 +85,7 @@ class StepProgress:
         self._lock = threading.Lock()
 
     def __enter__(self) -> StepProgress:
-        self._bar = _display.add(self._label, self._total)
+        self._bar = _display.add(self._label, self._total, self._show)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -84,7 +96,7 @@ class StepProgress:
             self._publish(100.0)
 
     def advance(self, done: int, note: str = "") -> None:
-        """Adds `done` bytes; `note` says what came of them so far."""
+        """Adds `done`; `note` says what came of them so far."""
         with self._lock:
             self._done += done
             now = time.monotonic()
@@ -93,8 +105,8 @@ class StepProgress:
                 progress.update(task, completed=self._done, note=note)
             elif now - self._logged > LOG_SECONDS:
                 self._logged = now
-                of = "" if self._total is None else f" of {size(self._total)}"
-                run_logger().info("%s: %s%s%s", self._label, size(self._done), of, f", {note}" if note else "")
+                of = "" if self._total is None else f" of {self._show(self._total)}"
+                run_logger().info("%s: %s%s%s", self._label, self._show(self._done), of, f", {note}" if note else "")
             if self._in_run and self._total and now - self._published > UI_SECONDS:
                 self._published = now
                 self._publish(min(100.0 * self._done / self._total, 100.0))

@@ -24,6 +24,7 @@ from tasks.training_report import TrainingReport
 OWNER_SECONDS = 5.0
 CURVES = ("metrics.jsonl", "samples.jsonl")
 CURVES_COPY = ".curves.json"
+JOB_FILE = ".job.json"
 
 
 def training_job(step: Step, directory: Path, mixture: Artifact) -> TrainingJob:
@@ -43,6 +44,14 @@ def training_job(step: Step, directory: Path, mixture: Artifact) -> TrainingJob:
     )
 
 
+def read_job(directory: Path) -> TrainingJob:
+    """What the trainer of a run was last told. Raises ValueError where it cannot be read."""
+    try:
+        return TrainingJob.model_validate_json((directory / JOB_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{directory / JOB_FILE} cannot be read ({str(error)[:200]}): run the training again, which writes it") from None
+
+
 def train_body(step: Step, directory: Path, inputs: tuple[Artifact, ...]) -> StepOutput:
     """Trains from the newest verified checkpoint to the last step. What a kill leaves is continued by the next call.
 
@@ -53,7 +62,7 @@ def train_body(step: Step, directory: Path, inputs: tuple[Artifact, ...]) -> Ste
             or which this machine is not.
     """
     job = as_preflight_chose(training_job(step, directory, inputs[0]))
-    job_file = directory / ".job.json"
+    job_file = directory / JOB_FILE
     write_json(job_file, job.model_dump(mode="json"))
     report = TrainingReport(job)
     restore_curves(directory)

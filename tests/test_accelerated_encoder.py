@@ -7,6 +7,7 @@ import json
 import random
 import sys
 import threading
+import weakref
 from pathlib import Path
 from typing import Any, Literal
 
@@ -244,6 +245,8 @@ def test_gigatoken_is_made_anew_before_its_memory_grows_too_large(tmp_path: Path
     def fresh(text: str) -> bool:
         return encoder.encode_each([text])[1]
 
+    # objects of other tests that are not yet collected must not share the room
+    monkeypatch.setattr(fast_encoders, "_live", weakref.WeakSet(encoder._idle))
     encoder._idle[0]._resident_bytes = resident[0]
     assert [fresh("a" * 2000), fresh("a"), len(made)] == [True, False, 0]
     resident[0] += fast_encoders._GROWTH_BYTES  # large now: the next text gets a new one, the first of which is checked

@@ -228,7 +228,14 @@ def test_a_weight_of_zero_is_evaluated_but_never_trained_on(tmp_path: Path) -> N
 def test_the_state_of_a_checkpoint_is_small_and_refuses_other_data(mixture: Placed) -> None:
     batches = loader(mixture)
     state = batches.state(123_456_789)
-    expected = {"order_version": ORDER_VERSION, "mixture": "f" * 64, "seed": 3, "seq_len": 32, "global_batch_size": 8}
+    expected = {
+        "order_version": ORDER_VERSION,
+        "mixture": "f" * 64,
+        "tokenizer": "t" * 64,
+        "seed": 3,
+        "seq_len": 32,
+        "global_batch_size": 8,
+    }
     assert state == {**expected, "next_step": 123_456_789}
     assert len(json.dumps(state)) < 1024
     batches.check_state(json.loads(json.dumps(state)), 123_456_789)

@@ -113,9 +113,14 @@ def test_generation_ends_at_a_stop_sequence(model: TrainedModel) -> None:
     stopped, other = adapter.generate_until(instances("generate_until", asked))
     assert stopped == free.split(stop)[0]
     assert isinstance(other, str)
+    samples = adapter.generate_until(
+        instances("generate_until", [("Enter", {"max_gen_toks": 20, "do_sample": True, "temperature": 1.0})] * 6)
+    )
+    assert len(set(samples)) == 6  # of one prompt, in three batches
     for settings, words in (
         ({"top_k": 3, "temperature": 1.0, "do_sample": True}, "samples with top_k"),
         ({"max_gen_toks": 64}, "=64 of a"),
+        ({"do_sample": True}, "without a temperature above 0"),
     ):
         with pytest.raises(ValueError, match=words):
             adapter.generate_until(instances("generate_until", [("a", settings)]))

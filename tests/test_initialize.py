@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,20 @@ import pytest
 from model import partitioning
 from model.checkpoint import Checkpoints, named_leaves
 from model.config import LlamaConfig, RopeConfig
-from model.data_position import Jump
 from model.hf import load_hf, save_hf
+from model.hf_tokenizer import HfTokenizer
 from model.hf_weights import StoredTensors
 from model.initialize import initialize
+from model.jumps import Jump
 from model.train_config import SimpleTrainConfig
 from model.train_step import init_state
+from tasks.datasets import SentencePieceTraining
 from tasks.initial_weights import pin_initial_weights
+from tasks.vocabulary import train_sentencepiece
 from tests.training_processes import finish, losses, make_mixture, start, write_job
 
 BATCH, STEP = 8, 5
-DATA = {"order_version": 1, "mixture": "m" * 64, "seed": 0, "seq_len": 32}
+DATA = {"order_version": 1, "mixture": "m" * 64, "tokenizer": "t" * 64, "seed": 0, "seq_len": 32}
 
 
 def model(**changes: Any) -> LlamaConfig:
@@ -61,9 +65,12 @@ def saved(theirs: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFactor
     return directory
 
 
-def begun(saved: Path, *, of: LlamaConfig | None = None, **changes: Any) -> tuple[dict[str, np.ndarray], Any]:
-    config = train(initialize_from_checkpoint_path=str(saved), **changes)
-    made = initialize(of or model(), config, mesh(), DATA)
+def begin(config: LlamaConfig, settings: SimpleTrainConfig, *, tokenizer: Path = Path("unread"), data: dict[str, Any] | None = None) -> Any:
+    return initialize(config, settings, mesh(), loader_state={**DATA, **(data or {})}, tokenizer=tokenizer)
+
+
+def begun(saved: Path, *, of: LlamaConfig | None = None, data: dict[str, Any] | None = None, **changes: Any) -> tuple[dict[str, Any], Any]:
+    made = begin(of or model(), train(initialize_from_checkpoint_path=str(saved), **changes), data=data)
     return {name: np.asarray(leaf) for name, leaf in named_leaves(made.state).items()}, made
 
 
@@ -81,12 +88,7 @@ def test_with_its_data_position_at_another_batch_size(saved: Path) -> None:
     assert begun(saved, reset_data_loader_on_init=False)[1].jumps == (Jump(STEP, 44 - STEP * BATCH),)
     assert begun(saved, reset_data_loader_on_init=False, initialize_weights_only=True)[1].jumps == (Jump(0, 44),)
     with pytest.raises(ValueError, match=r"had mixture='mmmm.*', and here it is 'other': set it to True"):
-        initialize(
-            model(),
-            train(initialize_from_checkpoint_path=str(saved), reset_data_loader_on_init=False),
-            mesh(),
-            {**DATA, "mixture": "other"},
-        )
+        begun(saved, reset_data_loader_on_init=False, data={"mixture": "other"})
 
 
 def test_the_weights_alone_and_an_average_that_starts_as_they_are(saved: Path, theirs: dict[str, np.ndarray]) -> None:
@@ -112,6 +114,41 @@ def test_what_is_missing_is_refused_with_its_names_or_begins_fresh(saved: Path, 
     np.testing.assert_array_equal(state["params/embed"], init_state(other, train(), mesh()).params["embed"])
     with pytest.raises(ValueError, match=r"set train\.initialize_weights_only to begin without its optimizer"):
         begun(saved, optimizer="adafactor")
+
+
+def test_an_optimizer_is_known_by_name_whatever_stands_beside_it(saved: Path, theirs: dict[str, np.ndarray]) -> None:
+    state, _ = begun(saved, max_grad_norm=None, update_rms_clipping=1.0)
+    np.testing.assert_array_equal(state["opt_state/adamw/mu/layers/wq"], theirs["opt_state/adamw/mu/layers/wq"])
+    with pytest.raises(ValueError, match=r"opt_state/lion/mu/embed \(it is not stored\)"):
+        begun(saved, optimizer="lion")
+
+
+def test_rows_of_another_tokenizers_tokens_are_refused_or_begin_fresh(saved: Path, theirs: dict[str, np.ndarray]) -> None:
+    other = {"tokenizer": "o" * 64}
+    with pytest.raises(ValueError, match=r"params/embed \(its rows are tokens of the tokenizer tttttttttttttttt, .* of oooooooooooooooo\)"):
+        begun(saved, data=other, initialize_weights_only=True)
+    state, made = begun(saved, data=other, allow_partial_checkpoint=True)
+    for name in ("embed", "head"):
+        np.testing.assert_array_equal(state[f"params/{name}"], init_state(model(), train(), mesh()).params[name])
+        assert not state[f"opt_state/adamw/nu/{name}"].any()
+    np.testing.assert_array_equal(state["opt_state/adamw/nu/layers/wq"], theirs["opt_state/adamw/nu/layers/wq"])
+    assert "params/head (its rows are tokens of the tokenizer" in made.notes[1]
+
+
+def test_a_hugging_face_tokenizer_is_compared_by_the_ids_it_gives(exported: Path, tmp_path: Path) -> None:
+    texts = ["a quick brown fox jumps over lazy dogs", "say: area = width ** 2"] * 40
+    ours, spelled, other = tmp_path / "ours.model", tmp_path / "spelled", tmp_path / "other"
+    ours.write_bytes(train_sentencepiece(SentencePieceTraining(vocab_size=300), iter(texts)))
+    for directory in (spelled, other):
+        shutil.copytree(exported, directory)
+    HfTokenizer(ours, vocab_size=300, seq_len=32).write(spelled)
+    (other / "tokenizer.model").write_bytes(train_sentencepiece(SentencePieceTraining(vocab_size=310), iter(word[::-1] for word in texts)))
+    assert begin(model(), train(initialize_from_hf=str(spelled)), tokenizer=ours).notes == (f"begins with {spelled}",)
+    with pytest.raises(ValueError, match=r"params/embed \(its rows are tokens of .*other/tokenizer\.model, .* gives a text other ids\)"):
+        begin(model(), train(initialize_from_hf=str(other)), tokenizer=ours)
+    (other / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"other/tokenizer\.json cannot be compared .* take it away to begin without comparing"):
+        begin(model(), train(initialize_from_hf=str(other)), tokenizer=ours)
 
 
 def test_a_model_that_differs_without_another_shape_is_told_and_one_of_other_heads_refused(saved: Path) -> None:
@@ -153,7 +190,7 @@ def test_hugging_face_weights_are_read_part_by_part(exported: Path, monkeypatch:
     read = StoredTensors.read
     monkeypatch.setattr(StoredTensors, "read", lambda self, name, index: largest.append((part := read(self, name, index)).nbytes) or part)
     padded = model(pad_vocab_to_multiple_of=64)
-    made = initialize(padded, train(initialize_from_hf=str(exported), ema_beta=0.5), mesh(), DATA)
+    made = begin(padded, train(initialize_from_hf=str(exported), ema_beta=0.5))
     assert max(largest) == 60 * 32 * 4 // 4 + 4 * 32  # a quarter of the embedding, the largest of the tensors
     monkeypatch.undo()
     _, params = load_hf(exported)
@@ -168,11 +205,11 @@ def test_hugging_face_weights_are_read_part_by_part(exported: Path, monkeypatch:
 
 def test_what_a_hugging_face_directory_says_otherwise_is_told(exported: Path) -> None:
     stretched = model(rope=RopeConfig(theta=5e5))
-    notes = initialize(stretched, train(initialize_from_hf=str(exported)), mesh(), DATA).notes
+    notes = begin(stretched, train(initialize_from_hf=str(exported))).notes
     assert notes[0] == f"begins with {exported}"
     assert "model.rope is {'type': 'default', 'theta': 10000.0" in notes[1]
     with pytest.raises(ValueError, match=r"params/layers/q_norm \(missing tensor model.layers.0.self_attn.q_norm.weight\)"):
-        initialize(model(qk_norm=True), train(initialize_from_hf=str(exported)), mesh(), DATA)
+        begin(model(qk_norm=True), train(initialize_from_hf=str(exported)))
 
 
 def test_the_plan_pins_the_checkpoint_and_identifies_it_by_content(saved: Path, exported: Path, tmp_path: Path) -> None:

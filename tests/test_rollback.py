@@ -10,12 +10,15 @@ import jax
 import numpy as np
 import pytest
 
-from model.beginning import SKIPPED_DATA, skip_data
+from model.checkpoint_files import steps_in, write_hashes
 from model.data_position import DataPosition
 from model.job import TrainingJob
+from model.jumps import SKIPPED_DATA, Jump, num_rollbacks, read_skipped_data, skip_data
 from model.metrics import read_json_lines
 from model.trainer import NonFiniteLoss
 from model.training_process import train
+from tasks.leases import LeaseLockManager
+from tasks.rollback import roll_back
 from tests.training_processes import QUICK, make_mixture, write_job
 
 
@@ -82,9 +85,65 @@ def test_before_its_first_checkpoint_it_goes_back_to_where_it_began(mixture: Pat
     assert [(one["step"], one["rows"]) for one in skipped] == [(8, 24)]
 
 
+def test_twice_over_as_many_rows_from_one_checkpoint(mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "expected").mkdir()
+    skip_data(tmp_path / "expected", 4, 48, "both")
+    train(job(tmp_path / "expected", mixture), NoSignals(), 0.0)  # pyright: ignore[reportArgumentType]
+    poison(monkeypatch, 50, 74)
+    train(job(tmp_path / "run", mixture, max_rollbacks=2), NoSignals(), 0.0)  # pyright: ignore[reportArgumentType]
+    assert read_skipped_data(tmp_path / "run") == (Jump(4, 24), Jump(4, 24))
+    assert curve(tmp_path / "run") == curve(tmp_path / "expected")
+
+
 @pytest.mark.slow
 def test_it_goes_back_no_more_often_than_it_may(mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     poison(monkeypatch, 3, 50)
     with pytest.raises(NonFiniteLoss, match=r"step 6, rows 48 to 55 .*would go on from step 4; .*train\.max_rollbacks"):
         train(job(tmp_path / "run", mixture, max_rollbacks=1), NoSignals(), 0.0)  # pyright: ignore[reportArgumentType]
     assert max(curve(tmp_path / "run")) == 5
+
+
+def test_a_person_takes_it_back_and_past_the_data_that_spoiled_it(mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "expected").mkdir()
+    skip_data(tmp_path / "expected", 4, 16, "rows 32 to 47")
+    train(job(tmp_path / "expected", mixture), NoSignals(), 0.0)  # pyright: ignore[reportArgumentType]
+
+    run = tmp_path / "run"
+    train(job(run, mixture), NoSignals(), 0.0)  # pyright: ignore[reportArgumentType]
+    said = roll_back(run, to_step=4, skip_steps=2)
+    assert said == "run goes on from step 4 and over the next 16 rows when it is run again; set aside as checkpoints/rolled-back-*: 12, 8"
+    assert steps_in(run / "checkpoints") == [4]
+    assert num_rollbacks(run) == 0  # none of those that the run may do itself
+    train(job(run, mixture), NoSignals(), 0.0)  # pyright: ignore[reportArgumentType]
+    assert curve(run) == curve(tmp_path / "expected")
+
+
+def test_what_cannot_be_taken_back_is_refused(mixture: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    told = job(run, mixture)
+    with pytest.raises(ValueError, match=r"is no training run: give its directory"):
+        roll_back(run, to_step=4, skip_steps=2)
+    for step in (4, 8):
+        (run / "checkpoints" / str(step)).mkdir(parents=True)
+        (run / "checkpoints" / str(step) / "state").write_text("weights")
+        write_hashes(run / "checkpoints" / str(step))
+    with pytest.raises(ValueError, match=r"--to=5 is no checkpoint of run: it has those of the steps 4, 8"):
+        roll_back(run, to_step=5, skip_steps=2)
+    with pytest.raises(ValueError, match=r"--skip=0: without data left out the same would follow"):
+        roll_back(run, to_step=4, skip_steps=0)
+    (run / "checkpoints" / "4" / "state").write_text("weightt")
+    with pytest.raises(ValueError, match=r"--to=4 cannot be used: .*/4/state has another content .* Choose an earlier one"):
+        roll_back(run, to_step=4, skip_steps=2)
+    skip_data(run, 8, 24, "bad")
+    (run / "checkpoints" / "4" / "state").write_text("weights")
+    with pytest.raises(ValueError, match=r"before step 8, where data was left out already"):
+        roll_back(run, to_step=4, skip_steps=2)
+    leases, key = LeaseLockManager(), f"artifact:{run}@{told.fingerprint}"
+    assert leases.acquire_lock(key, "a trainer")
+    with pytest.raises(ValueError, match=r"is being trained at this moment: stop it first"):
+        roll_back(run, to_step=8, skip_steps=2)
+    leases.release_lock(key, "a trainer")
+    (run / "manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"is finished: start another run from one of its checkpoints"):
+        roll_back(run, to_step=8, skip_steps=2)
+    assert steps_in(run / "checkpoints") == [8, 4]

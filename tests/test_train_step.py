@@ -90,7 +90,9 @@ def gradient_errors(state: Any, config: LlamaConfig) -> dict[str, float]:
     """
     train, gradient = train_config(), expected(config)[1]
     scale = (1 - train.beta1) / max(1.0, float(optax.global_norm(gradient)) / train.max_grad_norm)
-    errors = jax.tree.map(lambda mu, g: float(np.linalg.norm(mu - scale * g) / np.linalg.norm(scale * g)), state.opt_state[1].mu, gradient)
+    errors = jax.tree.map(
+        lambda mu, g: float(np.linalg.norm(mu - scale * g) / np.linalg.norm(scale * g)), state.opt_state["adamw"].mu, gradient
+    )
     return {path[-1].key: error for path, error in jax.tree.leaves_with_path(errors)}
 
 
