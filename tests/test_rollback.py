@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -139,10 +140,11 @@ def test_what_cannot_be_taken_back_is_refused(mixture: Path, tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"before step 8, where data was left out already"):
         roll_back(run, to_step=4, skip_steps=2)
     leases, key = LeaseLockManager(), f"artifact:{run}@{told.fingerprint}"
-    assert leases.acquire_lock(key, "a trainer")
-    with pytest.raises(ValueError, match=r"is being trained at this moment: stop it first"):
-        roll_back(run, to_step=8, skip_steps=2)
-    leases.release_lock(key, "a trainer")
+    with ThreadPoolExecutor(1) as flow:
+        assert flow.submit(leases.acquire_lock, key, "a trainer").result()
+        with pytest.raises(ValueError, match=r"is being trained at this moment: stop it first"):
+            roll_back(run, to_step=8, skip_steps=2)
+        flow.submit(leases.release_lock, key, "a trainer").result()
     (run / "manifest.json").write_text("{}")
     with pytest.raises(ValueError, match=r"is finished: start another run from one of its checkpoints"):
         roll_back(run, to_step=8, skip_steps=2)
