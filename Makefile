@@ -28,7 +28,8 @@ export DO_NOT_TRACK ?= 1
 .DELETE_ON_ERROR:
 
 train: setup ; @$(PY) flows/train.py $(ARGS)
-test:  setup ; @$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not oracle" $(ARGS)
+# Programs of the tests are small: the compiler takes half the time with few optimizations. `make slow` and `make oracle` have all.
+test:  setup ; @XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not oracle" $(ARGS)
 slow:  setup ; @$(PY) -m pytest -q -m "slow" $(ARGS)
 bench: setup ; @$(PY) benchmarks/run.py $(ARGS)
 

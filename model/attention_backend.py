@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 from model.config import AttentionBackend, LlamaConfig
@@ -57,6 +58,7 @@ def attention_block_size(config: LlamaConfig, backend: AttentionBackend, tokens:
     return (flash_block_size(tokens * context, wanted) if backend == "flash" else None) or tokens
 
 
+@functools.lru_cache(maxsize=4096)  # advice asks the same of thousands of settings
 def computed_share(seq_len: int, block_size: int, context: int = 1, window: int | None = None) -> float:
     """What the busiest of `context` devices computes of its rows of the square of scores, in whole blocks from the window to the diagonal.
 

@@ -8,8 +8,10 @@ import tempfile
 import hypothesis
 import pytest
 
+from tests.cpu_compiler import xla_flags
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ["XLA_FLAGS"] = xla_flags(devices=8)
 
 # Many tests start the same training process: it compiles the same step each time, and that is most of what the tests cost.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

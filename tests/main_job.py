@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from model.metrics import read_json_lines
+from tests.cpu_compiler import xla_flags
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 STEPS = 30
@@ -29,7 +30,14 @@ class MainJob:
     def __init__(self, root: Path, home: Path, *arguments: str, logs: Path | None = None, **environment: str) -> None:
         self.log = (logs or root.parent) / f"{root.name}-{time.monotonic_ns()}.log"
         variables = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "XLA_"))}
-        variables |= {"PREFECT_HOME": str(home), "JAX_PLATFORMS": "cpu", "NO_COLOR": "1", "COLUMNS": "200", **environment}
+        variables |= {
+            "PREFECT_HOME": str(home),
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": xla_flags(),
+            "NO_COLOR": "1",
+            "COLUMNS": "200",
+            **environment,
+        }
         # The same cores in every run: float sums come out in the same order.
         command = ["taskset", "-c", "0,1", sys.executable, str(CHECKOUT / "flows" / "train.py"), "--root", str(root)]
         with self.log.open("wb") as output:

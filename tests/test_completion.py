@@ -19,6 +19,7 @@ from model.generate import generate
 from model.inference_jobs import CompletionJob
 from model.trained_model import TrainedModel
 from model.vocabularies.vocabulary import Vocabulary
+from tests.cpu_compiler import xla_flags
 from tests.trained_run import STEPS, TrainedRun, trained_run
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -41,7 +42,7 @@ def texts(model: Path, prompts: Sequence[str] = PROMPTS, **settings: float) -> l
 
 
 def command(*arguments: str) -> subprocess.Popen[str]:
-    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", PARENT_VARIABLE)}
+    environment = {name: value for name, value in os.environ.items() if name != PARENT_VARIABLE} | {"XLA_FLAGS": xla_flags()}
     words = [sys.executable, str(CHECKOUT / "flows" / "generate.py"), *arguments]
     return subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True, cwd="/"

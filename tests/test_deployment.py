@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from deployments.bare_name import choose
+from tests.cpu_compiler import xla_flags
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 PREFECT = [sys.executable, "-m", "prefect"]
@@ -34,8 +35,9 @@ class Prefect:
     def __init__(self, home: Path, port: int) -> None:
         self.home = home
         self.api = f"http://127.0.0.1:{port}/api"
-        self.environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+        self.environment = {key: value for key, value in os.environ.items() if key != "JAX_PLATFORMS"}
         self.environment |= {
+            "XLA_FLAGS": xla_flags(),
             "PREFECT_HOME": str(home),
             "PREFECT_API_URL": self.api,
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -87,7 +89,7 @@ def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
         for process in reversed(processes):
             process.send_signal(signal.SIGTERM)
             try:
-                process.wait(timeout=20)
+                process.wait(timeout=3)
             except subprocess.TimeoutExpired:
                 process.kill()
 

@@ -23,6 +23,7 @@ from model.llama import forward
 from model.lm_eval_adapter import LmEvalModel
 from model.trained_model import TrainedModel
 from tasks.harness import harness_body, harness_step, model_name
+from tests.cpu_compiler import xla_flags
 from tests.lm_eval_tasks import write_tasks
 from tests.trained_run import STEPS, TrainedRun, trained_run
 
@@ -185,7 +186,13 @@ def test_the_step_keeps_the_results_of_its_process(run: TrainedRun, tasks: Path,
 @pytest.mark.slow
 def test_the_command_runs_once(run: TrainedRun, tasks: Path, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "XLA_"))}
-    environment |= {"PREFECT_HOME": str(tmp_path / "prefect"), "HF_HOME": str(tmp_path / "hub"), "NO_COLOR": "1", "COLUMNS": "200"}
+    environment |= {
+        "XLA_FLAGS": xla_flags(),
+        "PREFECT_HOME": str(tmp_path / "prefect"),
+        "HF_HOME": str(tmp_path / "hub"),
+        "NO_COLOR": "1",
+        "COLUMNS": "200",
+    }
 
     def command(*arguments: str) -> subprocess.CompletedProcess[str]:
         words = [sys.executable, str(CHECKOUT / "flows" / "harness.py"), *arguments, "--root", str(tmp_path / "root")]

@@ -208,6 +208,7 @@ def test_what_does_not_decide_the_result_reuses_all_but_the_forced_step(copy: Pa
     assert_same_outcome(copy, finished)
 
 
+@pytest.mark.slow
 def test_another_learning_rate_trains_again_and_nothing_else(copy: Path, home: Path) -> None:
     output = MainJob(copy, home, "--train.learning-rate", "1e-3").succeed()
     assert cached(output) == DATA

@@ -21,7 +21,6 @@ from model.train_config import SimpleTrainConfig
 from model.train_step import first_state, state_shardings
 
 CONFIG = LlamaConfig(hidden_dim=8, intermediate_dim=16, num_layers=2, num_heads=2, num_kv_heads=2, vocab_size=16)
-QUICK = {"xla_backend_optimization_level": "0"}
 HIDDEN = DECAYED - {"head"}
 NUM_TARGETS = 7.0
 Tree = Any
@@ -35,7 +34,7 @@ def train_config(**changes: object) -> SimpleTrainConfig:
 
 @functools.cache
 def first_params() -> Tree:
-    return jax.tree.map(np.asarray, jax.jit(init_params, static_argnums=0, compiler_options=QUICK)(CONFIG, jax.random.key(0)))
+    return jax.tree.map(np.asarray, jax.jit(init_params, static_argnums=0)(CONFIG, jax.random.key(0)))
 
 
 def gradient(step: int, params: Tree) -> Tree:
@@ -51,7 +50,7 @@ def run(train: SimpleTrainConfig, steps: int) -> tuple[Tree, list[Tree]]:
     optimizer, params = make_optimizer(train), first_params()
     state, history = optimizer.init(params), []
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @functools.partial(jax.jit)
     def update(grads: Tree, state: Tree, params: Tree, step: int) -> tuple[Tree, Tree]:
         return optimizer.update(grads, state, params, step=step, sampled_gradient=functools.partial(sampled_gradient, params))
 
@@ -225,7 +224,7 @@ def test_the_same_update_on_eight_devices(name: str) -> None:
     for shardings in (placed, jax.tree.map(lambda _: jax.devices()[0], placed)):
         arguments = jax.device_put((state.params, state.opt_state, grads), (shardings.params, shardings.opt_state, shardings.params))
         out = (placed.params, placed.opt_state) if shardings is placed else None
-        results.append(jax.device_get(jax.jit(updated, out_shardings=out, compiler_options=QUICK)(*arguments)))
+        results.append(jax.device_get(jax.jit(updated, out_shardings=out)(*arguments)))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=1e-7), *results)
 
 

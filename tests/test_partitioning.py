@@ -61,7 +61,7 @@ def on_one_device(tied: bool, variant: bool = False) -> tuple[LlamaConfig, dict,
 @pytest.mark.parametrize(
     ("sizes", "tied", "variant"),
     [
-        ({}, False, False),
+        pytest.param({}, False, False, marks=pytest.mark.slow),
         ({"fsdp_ring": 2}, False, False),
         ({"data": 2, "tensor": 2}, False, False),
         ({"context": 2, "tensor": 2}, False, False),

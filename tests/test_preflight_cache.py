@@ -215,7 +215,7 @@ def test_an_interrupted_preflight_leaves_nothing(tmp_path: Path, number: signal.
     shutil.copytree(cache._MODEL, tmp_path / "copy" / "model", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "copy" / "model" / "preflight" / "compile_step.py").write_text(SLOW_COMPILER)
     (tmp_path / "temporary").mkdir()
-    variables = os.environ | {"PYTHONPATH": str(tmp_path / "copy"), "TMPDIR": str(tmp_path / "temporary")}
+    variables = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(tmp_path / "copy"), "TMPDIR": str(tmp_path / "temporary")}
     command = [sys.executable, "-m", "model.preflight", "debug", "--accelerator", "v4-8", "--no-search"]
     with subprocess.Popen(
         command,

@@ -42,7 +42,11 @@ class Command:
     cache: Path
 
     def __call__(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        variables = os.environ | {"PYTHONPATH": str(CHECKOUT), "PREFECT_LLAMA_CACHE": str(self.cache), "COLUMNS": "200"} | environment
+        variables = (
+            os.environ
+            | {"PYTHONPATH": str(CHECKOUT), "PREFECT_LLAMA_CACHE": str(self.cache), "COLUMNS": "200", "XLA_FLAGS": ""}
+            | environment
+        )
         command = [sys.executable, "-m", "model.preflight", *arguments]
         return subprocess.run(command, capture_output=True, text=True, env=variables, cwd=self.cache, timeout=500)
 
@@ -52,11 +56,22 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
     return Command(tmp_path_factory.mktemp("cache"))
 
 
+class Compiled(dict[str, subprocess.CompletedProcess[str]]):
+    """Each of COMPILED, compiled when a test first asks for it."""
+
+    def __init__(self, command: Command) -> None:
+        super().__init__()
+        self._command = command
+
+    def __missing__(self, name: str) -> subprocess.CompletedProcess[str]:
+        self[name] = self._command(*COMPILED[name], *NARROW, "--no-search", "--json")
+        return self[name]
+
+
 @pytest.fixture(scope="module")
-def compiled(command: Command) -> dict[str, subprocess.CompletedProcess[str]]:
-    """Each of COMPILED, compiled once for all tests here."""
+def compiled(command: Command) -> Compiled:
     pytest.importorskip("libtpu")
-    return {name: command(*arguments, *NARROW, "--no-search", "--json") for name, arguments in COMPILED.items()}
+    return Compiled(command)
 
 
 def found(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
@@ -65,16 +80,16 @@ def found(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def test_json_alone_on_standard_output_and_progress_beside_it(compiled: dict[str, subprocess.CompletedProcess[str]]) -> None:
-    for name, done in compiled.items():
-        assert done.returncode == 0, done.stderr
-        Preflight.model_validate_json(done.stdout)
-        lines = done.stderr.splitlines()
-        assert len(lines) == 2, f"{name}: {done.stderr}"  # the compiler's own noise is not there
-        assert all(line.startswith("compile 1: ") for line in lines)
+def test_json_alone_on_standard_output_and_progress_beside_it(compiled: Compiled) -> None:
+    done = compiled["v4-128"]
+    assert done.returncode == 0, done.stderr
+    Preflight.model_validate_json(done.stdout)
+    lines = done.stderr.splitlines()
+    assert len(lines) == 2, done.stderr  # the compiler's own noise is not there
+    assert all(line.startswith("compile 1: ") for line in lines)
 
 
-def test_one_slice_with_microbatches(compiled: dict[str, subprocess.CompletedProcess[str]]) -> None:
+def test_one_slice_with_microbatches(compiled: Compiled) -> None:
     one = found(compiled["v4-128"])
     assert one["fits"]
     assert (one["remat"], one["microbatches"], one["gradient_sum_dtype"], one["attention"]) == ("save_all", 2, "bfloat16", "splash")
@@ -92,6 +107,7 @@ def test_one_slice_with_microbatches(compiled: dict[str, subprocess.CompletedPro
     assert 0 < one["lower_cpu_seconds"] < one["compile_cpu_seconds"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "chips", "mesh", "usable"),
     [
@@ -99,9 +115,7 @@ def test_one_slice_with_microbatches(compiled: dict[str, subprocess.CompletedPro
         ("v6e-16", 16, {"data": 1, "fsdp": 16, "fsdp_ring": 1, "context": 1, "tensor": 1}, 31.2),
     ],
 )
-def test_other_generations(
-    compiled: dict[str, subprocess.CompletedProcess[str]], name: str, chips: int, mesh: dict[str, int], usable: float
-) -> None:
+def test_other_generations(compiled: Compiled, name: str, chips: int, mesh: dict[str, int], usable: float) -> None:
     one = found(compiled[name])
     assert (one["job"], one["num_chips"], one["mesh"], one["attention"]) == ("dclm-7b", chips, mesh, "splash")
     assert one["fits"]
@@ -112,7 +126,7 @@ def test_other_generations(
 
 
 def test_weight_gradients_are_scattered_over_the_plane_and_then_over_the_ring(
-    compiled: dict[str, subprocess.CompletedProcess[str]],
+    compiled: Compiled,
 ) -> None:
     totals = found(compiled["v4-128"])["collectives"]
     times = {kind: sum(one["times"] for one in totals if one["kind"] == kind) for kind in ("collective-permute", "reduce-scatter")}
@@ -125,13 +139,13 @@ def test_weight_gradients_are_scattered_over_the_plane_and_then_over_the_ring(
 
 
 def test_whole_logits_are_found_where_the_loss_has_one_block_and_only_there(
-    compiled: dict[str, subprocess.CompletedProcess[str]],
+    compiled: Compiled,
 ) -> None:
     assert found(compiled["v4-128"])["logits_arrays"] == 0
     assert found(compiled["two slices"])["logits_arrays"] > 0
 
 
-def test_slices_exchange_gradients_only(compiled: dict[str, subprocess.CompletedProcess[str]]) -> None:
+def test_slices_exchange_gradients_only(compiled: Compiled) -> None:
     two = found(compiled["two slices"])
     assert (two["job"], two["num_slices"], two["num_chips"], two["mesh"]["data"]) == ("dclm-7b", 2, 128, 2)
     parameters = 2 * (4 * 512 * 512 + 3 * 512 * 1024) + 2 * 8192 * 512
@@ -139,7 +153,7 @@ def test_slices_exchange_gradients_only(compiled: dict[str, subprocess.Completed
     assert two["dcn_seconds"] > 0
 
 
-def test_traffic_inside_several_slices_is_that_of_a_torus(compiled: dict[str, subprocess.CompletedProcess[str]]) -> None:
+def test_traffic_inside_several_slices_is_that_of_a_torus(compiled: Compiled) -> None:
     one, two = found(compiled["v4-128"]), found(compiled["two slices"])
     assert two["ici_bytes_per_chip"] == pytest.approx(one["ici_bytes_per_chip"] / 2, rel=0.1)  # one has two microbatches
     inside = {
@@ -151,14 +165,14 @@ def test_traffic_inside_several_slices_is_that_of_a_torus(compiled: dict[str, su
     assert any("one slice with its share of the batch" in note for note in two["notes"])
 
 
-def test_a_plane(compiled: dict[str, subprocess.CompletedProcess[str]]) -> None:
+def test_a_plane(compiled: Compiled) -> None:
     plane = found(compiled["v5e-16"])
     assert (plane["accelerator"], plane["remat"], plane["microbatches"]) == ("v5litepod-16", "full", 1)
     assert plane["recomputation"] > 1.2
     assert any("v5e chips is" in line for line in plane["advice"])
 
 
-def test_the_second_time_nothing_is_compiled(command: Command, compiled: dict[str, subprocess.CompletedProcess[str]]) -> None:
+def test_the_second_time_nothing_is_compiled(command: Command, compiled: Compiled) -> None:
     again = command(*COMPILED["v5e-16"], *NARROW, "--no-search", "--json")
     assert again.stderr == ""
     first, second = found(compiled["v5e-16"]), found(again)
@@ -166,7 +180,7 @@ def test_the_second_time_nothing_is_compiled(command: Command, compiled: dict[st
     assert {**second, "trials": None} == {**first, "trials": None}
 
 
-def test_the_report_for_people(command: Command, compiled: dict[str, subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+def test_the_report_for_people(command: Command, compiled: Compiled, tmp_path: Path) -> None:
     picture = tmp_path / "roofline.png"
     done = command(*COMPILED["v4-128"], *NARROW, "--no-search", "--plot", str(picture), "--price", "spot")
     assert done.returncode == 0, done.stderr
@@ -186,7 +200,7 @@ def test_the_report_for_people(command: Command, compiled: dict[str, subprocess.
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_job_from_a_file(command: Command, compiled: dict[str, subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+def test_a_job_from_a_file(command: Command, compiled: Compiled, tmp_path: Path) -> None:
     model = {"seq_len": 512, "hidden_dim": 512, "intermediate_dim": 1024, "num_heads": 4, "num_kv_heads": 4, "num_layers": 2}
     model |= {"vocab_size": 8192}
     train = {"train_batch_size": 16, "num_train_steps": 10, "learning_rate": 1.0, "accelerator_type": "v5e-16", "warmup": 5000 / 54_931}

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from model.child import HUNG
 from tests.training_processes import STEPS, finish, losses, make_mixture, read_until, start, start_together, write_job
 
 EVERY_STEP = {"steps_per_export": STEPS, "minutes_per_checkpoint": None}
@@ -79,6 +80,25 @@ def test_when_one_dies_all_end_and_the_run_goes_on_from_its_checkpoint(mixture: 
     ended = [finish(process) for process in start_together(job, 2)]
     assert [status for status, _, _ in ended] == [0, 0], ended[0][2]
     assert next(event for event in ended[0][1] if event["event"] == "start")["start_step"] >= 4
+    assert_same_curve(tmp_path / "run", alone)
+
+
+@pytest.mark.slow
+def test_when_one_hangs_the_others_end_with_their_stacks_and_the_run_goes_on(mixture: Path, alone: Path, tmp_path: Path) -> None:
+    job = write_job(tmp_path / "run", mixture, steps_per_export=4, minutes_per_checkpoint=None, watchdog_minutes=0.2)
+    leader, follower = start_together(job, 2)
+    read_until(leader, 9)
+    follower.send_signal(signal.SIGSTOP)  # it is there, and takes part in nothing
+    status, events, _ = finish(leader)
+    follower.kill()
+    assert status == HUNG
+    last = events[-1]
+    assert (last["event"], last["type"], last["seconds"]) == ("error", "Hung", pytest.approx(12.0))
+    assert last["step"] >= 9
+    assert "Run the same command again to go on from the last checkpoint" in last["message"]
+    assert "trainer.py" in Path(last["stacks"]).read_text()  # where the loop waits
+    status, _, err = finish(start(write_job(tmp_path / "run", mixture, steps_per_export=4, minutes_per_checkpoint=None)))
+    assert status == 0, err
     assert_same_curve(tmp_path / "run", alone)
 
 

@@ -20,7 +20,7 @@ from model.trainer import NonFiniteLoss
 from model.training_process import train
 from tasks.leases import LeaseLockManager
 from tasks.rollback import roll_back
-from tests.training_processes import QUICK, make_mixture, write_job
+from tests.training_processes import make_mixture, write_job
 
 
 class NoSignals:
@@ -41,7 +41,6 @@ def job(directory: Path, mixture: Path, **changes: Any) -> TrainingJob:
         num_train_steps=12,
         steps_per_export=4,
         steps_per_eval=100,
-        compiler_options=QUICK,
         **changes,
     )
     return TrainingJob.model_validate_json(path.read_text())

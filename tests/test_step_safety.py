@@ -102,7 +102,7 @@ def test_a_run_that_only_skips_is_stopped() -> None:
 def train_config(**changes: Any) -> SimpleTrainConfig:
     fixed = {"train_batch_size": 8, "num_train_steps": 10, "learning_rate": 1e-2, "warmup": 8, "compute_dtype": "float32"}
     safe = {"skip_bad_steps": True, "ema_beta": BETA, "optimizer": "sophia", "sophia": {"update_interval": 2}, "z_loss_weight": 1e-3}
-    return SimpleTrainConfig(**{**fixed, **safe, "compiler_options": {"xla_backend_optimization_level": "0"}, **changes})
+    return SimpleTrainConfig(**{**fixed, **safe, **changes})
 
 
 def rows(step: int) -> dict[str, np.ndarray]:

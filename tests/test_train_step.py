@@ -20,7 +20,6 @@ from model.train_step import TrainState, abstract_state, compile_train_step, ini
 from tests.plain_llama import loss_terms
 
 SEQ_LEN, BATCH, VOCAB = 32, 16, 60
-QUICK = {"xla_backend_optimization_level": "0"}  # the compiler takes half the time, and the program is small
 CAPPED = {"pad_vocab_to_multiple_of": 32, "logit_soft_cap": 0.5}
 TIED = {"pad_vocab_to_multiple_of": 32, "tie_word_embeddings": True}
 
@@ -32,7 +31,7 @@ def model_config(**changes: Any) -> LlamaConfig:
 
 def train_config(**changes: Any) -> SimpleTrainConfig:
     values = {"train_batch_size": BATCH, "num_train_steps": 10, "learning_rate": 1e-2, "warmup": 0, "z_loss_weight": 1e-3}
-    return SimpleTrainConfig(**{**values, "compute_dtype": "float32", "compiler_options": QUICK, **changes})
+    return SimpleTrainConfig(**{**values, "compute_dtype": "float32", **changes})
 
 
 def rows(seed: int = 0) -> dict[str, np.ndarray]:
@@ -79,7 +78,7 @@ def expected(config: LlamaConfig) -> tuple[dict[str, float], Any]:
         terms = loss_terms(params, rows(), config, weight)
         return terms["loss"], terms
 
-    gradient, terms = jax.jit(jax.grad(loss, has_aux=True), compiler_options=QUICK)(initial(config).params)
+    gradient, terms = jax.jit(jax.grad(loss, has_aux=True))(initial(config).params)
     return {name: float(value) for name, value in terms.items()}, jax.device_get(gradient)
 
 

@@ -18,7 +18,8 @@ from model.job import TrainingJob
 from model.metrics import read_json_lines
 from model.requests import Request
 from model.trainer import NonFiniteLoss, Trainer
-from tests.training_processes import CHECKOUT, QUICK, STEPS, finish, losses, make_mixture, read_until, start, write_job
+from tests.cpu_compiler import xla_flags
+from tests.training_processes import CHECKOUT, STEPS, finish, losses, make_mixture, read_until, start, write_job
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +150,7 @@ def saved_at(process: subprocess.Popen[str]) -> int:
 def test_it_dies_with_its_parent(mixture: Path, tmp_path: Path) -> None:
     job = write_job(tmp_path / "run", mixture, num_train_steps=100_000)
     code = "import subprocess, sys; subprocess.run([sys.executable, '-m', 'model.training_process', sys.argv[1]])"
-    variables = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(CHECKOUT)}
+    variables = {**os.environ, "XLA_FLAGS": xla_flags(), "PYTHONPATH": str(CHECKOUT)}
     parent = subprocess.Popen([sys.executable, "-c", code, str(job)], stdout=subprocess.PIPE, text=True, env=variables)
     read_until(parent, 2)
     parent.kill()
@@ -224,7 +225,7 @@ def test_the_norms_of_layers_and_the_memory_are_in_the_log(undisturbed: Path) ->
 
 
 def test_a_batch_without_a_token_that_counts_is_named(mixture: Path, tmp_path: Path) -> None:
-    job = TrainingJob.model_validate_json(write_job(tmp_path / "run", mixture, train_batch_size=8, compiler_options=QUICK).read_text())
+    job = TrainingJob.model_validate_json(write_job(tmp_path / "run", mixture, train_batch_size=8).read_text())
     trainer = Trainer(job)
     batch = trainer.feed.take()
     _, metrics = trainer.train_step(trainer.state, {**batch, "loss_weights": batch["loss_weights"] * 0})
@@ -236,7 +237,7 @@ def test_a_batch_without_a_token_that_counts_is_named(mixture: Path, tmp_path: P
 @pytest.mark.parametrize("asked_after", [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(6, marks=pytest.mark.slow)])
 def test_asked_to_stop_at_any_moment_it_saves_the_step_it_stops_at(mixture: Path, tmp_path: Path, asked_after: int) -> None:
     """The request comes while the metrics of a step are read: the first one, one after which something is due, and another."""
-    path = write_job(tmp_path / "run", mixture, train_batch_size=8, steps_per_eval=4, steps_per_export=100, compiler_options=QUICK)
+    path = write_job(tmp_path / "run", mixture, train_batch_size=8, steps_per_eval=4, steps_per_export=100)
     trainer = Trainer(TrainingJob.model_validate_json(path.read_text()))
     record = trainer._record
 

@@ -29,7 +29,7 @@ def compiled_programs(orders: Mapping[str, CompileOrder], directory: Path) -> tu
     for name, order in orders.items():
         (directory / f"{name}.order").write_text(order.model_dump_json(), encoding="utf-8")
     command = [sys.executable, "-m", "tests.tpu_programs", str(directory)]
-    variables = os.environ | {"PYTHONPATH": str(CHECKOUT)}
+    variables = os.environ | {"PYTHONPATH": str(CHECKOUT), "XLA_FLAGS": ""}  # those of the tests are for CPUs
     child = subprocess.run(command, capture_output=True, text=True, errors="replace", env=variables, cwd=CHECKOUT, timeout=500)
     assert child.returncode == 0, child.stderr[-2000:]
     return {name: Program(**json.loads((directory / f"{name}.program").read_text(encoding="utf-8"))) for name in orders}, child.stderr

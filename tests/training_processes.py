@@ -17,12 +17,12 @@ from model.train_config import SimpleTrainConfig
 from model.vocabularies.vocabulary import Vocabulary
 from tasks.datasets import SentencePieceTraining
 from tasks.vocabulary import train_sentencepiece
+from tests.cpu_compiler import xla_flags
 from tests.synthetic_stores import write_mixture
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 VOCAB = 512
 STEPS = 24
-QUICK = {"xla_backend_optimization_level": "0"}  # the programs are small, and most of the time is the compiler's
 
 
 def make_mixture(root: Path) -> Path:
@@ -75,8 +75,7 @@ def write_job(directory: Path, mixture: Path, **changes: Any) -> Path:
 
 def start(job: Path, *, devices: int = 1, **environment: str) -> subprocess.Popen[str]:
     """One training process. On one core and device the float sums are in the same order every time."""
-    flags = f"--xla_force_host_platform_device_count={devices}" if devices > 1 else ""
-    variables = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(CHECKOUT), **environment}
+    variables = {**os.environ, "XLA_FLAGS": xla_flags(devices), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(CHECKOUT), **environment}
     command = ["taskset", "-c", "0", sys.executable, "-m", "model.training_process", str(job)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables)
 
