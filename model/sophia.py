@@ -10,8 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from model.optimizer_config import SophiaConfig
+from model.partitioning import constrain
 
 POSITIONS_AT_ONCE = 32  # logits of so many positions of every sequence exist at a time
 
@@ -48,11 +50,18 @@ def with_sampling_seeds(batch: dict[str, jax.Array], seed: int, step: jax.Array)
 
 
 def sampled_targets(
-    hidden_BSD: jax.Array, head_DV: jax.Array, seeds_BS: jax.Array, *, vocab_size: int | None, logit_soft_cap: float | None
+    hidden_BSD: jax.Array,
+    head_DV: jax.Array,
+    seeds_BS: jax.Array,
+    *,
+    vocab_size: int | None,
+    logit_soft_cap: float | None,
+    mesh: Mesh | None,
 ) -> jax.Array:
     """Targets int32 [B, S] drawn from the model's own distribution (Gumbel's trick), a few positions at a time."""
     vocab_size = head_DV.shape[1] if vocab_size is None else vocab_size
-    head_DV = jax.lax.stop_gradient(head_DV).astype(hidden_BSD.dtype)
+    # Gathered here, once: left to the compiler it is gathered again for every few positions.
+    head_DV = constrain(jax.lax.stop_gradient(head_DV).astype(hidden_BSD.dtype), (None, "vocab"), mesh)
 
     def draw(position: tuple[jax.Array, jax.Array]) -> jax.Array:
         hidden_BD, seeds_B = position
