@@ -56,14 +56,35 @@ def _orthogonal(averages: Any, ns_steps: int, shardings: Any) -> Any:
 
 def _dealt_out(x_MRC: jax.Array, ns_steps: int, sharding: NamedSharding) -> jax.Array:
     """`_newton_schulz` on whole matrices, as many on each chip of a replica as on the next, zeros filling up."""
-    mesh = sharding.mesh
-    axes = tuple(name for name in mesh.axis_names if name != "data" and mesh.shape[name] > 1)
-    rows, whole = NamedSharding(mesh, P(None, *sharding.spec[1:])), NamedSharding(mesh, P(axes))
-    padding = -x_MRC.shape[0] % math.prod(mesh.shape[name] for name in axes)
-    padded_MRC = jax.lax.with_sharding_constraint(jnp.pad(x_MRC, ((0, padding), (0, 0), (0, 0))), rows)
-    whole_MRC = _newton_schulz(jax.lax.with_sharding_constraint(padded_MRC, whole), ns_steps)
-    whole_MRC = jax.lax.with_sharding_constraint(whole_MRC, whole)
-    return jax.lax.with_sharding_constraint(whole_MRC, rows)[: x_MRC.shape[0]]
+    mesh, layouts = sharding.mesh, _layouts(sharding)
+    padding = -x_MRC.shape[0] % math.prod(size for name, size in mesh.shape.items() if name != "data")
+    whole_MRC = jnp.pad(x_MRC, ((0, padding), (0, 0), (0, 0)))
+    for layout in layouts:
+        whole_MRC = jax.lax.with_sharding_constraint(whole_MRC, NamedSharding(mesh, layout))
+    whole_MRC = _newton_schulz(whole_MRC, ns_steps)
+    for layout in reversed(layouts):
+        whole_MRC = jax.lax.with_sharding_constraint(whole_MRC, NamedSharding(mesh, layout))
+    return whole_MRC[: x_MRC.shape[0]]
+
+
+def _layouts(sharding: NamedSharding) -> list[P]:
+    """From the weight's own layout to whole matrices, one dimension at a time: each is one exchange.
+
+    Of two dimensions at once the compiler makes a copy of everything on every chip.
+    """
+    mesh, split = sharding.mesh, [_names(part) for part in (*sharding.spec, None, None)[1:3]]
+    unused = [name for name, size in mesh.shape.items() if size > 1 and name != "data" and name not in split[0] + split[1]]
+    rows, columns = split
+    return [
+        P(None, rows or None, columns or None),
+        P(rows or None, None, columns or None),
+        P(rows + columns or None),
+        P((*rows, *columns, *unused) or None),
+    ]
+
+
+def _names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (part,) if isinstance(part, str) else part or ()
 
 
 def _newton_schulz(x_MRC: jax.Array, ns_steps: int) -> jax.Array:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from model.attention_backend import choose_backend
 from model.config import LlamaConfig, RematPolicy
 from model.flops import CHIPS, Chip, executed_flops_per_token, num_parameters, train_flops_per_token
+from model.preflight.optimizer_cost import optimizer_cost
 from model.preflight.settings import Job, Setting
 from model.slices import Slice
 
@@ -66,16 +67,19 @@ def estimate(job: Job, tpu_slice: Slice, setting: Setting) -> Estimate:
     tokens = job.tokens_per_step / num_chips
     # A layer's products and their gradients in the activations; those in the weights and what is computed again are left out.
     int8 = 4 * model.num_layers * _layer_parameters(model) if job.train.quantized_matmul == "int8" else 0
+    optimizer = optimizer_cost(model, job.train, num_chips // setting.data)
+    gradients = 1 + optimizer.further_gradients
+    products = gradients * (_executed(job, setting) - int8) * tokens + optimizer.flops
     return Estimate(
         hbm_bytes=_memory(job, setting, split, tokens / setting.microbatches),
         state_bytes=_state(job, split),
-        compute_seconds=(_executed(job, setting) - int8) * tokens / chip.bf16_flops + int8 * tokens / chip.int8_flops,
-        hbm_seconds=_hbm_traffic(job, setting, split, tokens) / chip.hbm_bytes_per_second,
-        ici_seconds=_ici_traffic(job, setting, split) / _ici_rate(chip, tpu_slice),
+        compute_seconds=products / chip.bf16_flops + gradients * int8 * tokens / chip.int8_flops,
+        hbm_seconds=gradients * _hbm_traffic(job, setting, split, tokens) / chip.hbm_bytes_per_second,
+        ici_seconds=(gradients * _ici_traffic(job, setting, split) + optimizer.ici_bytes) / _ici_rate(chip, tpu_slice),
         ici_exposed=_ICI_EXPOSED[tpu_slice.generation],
-        dcn_seconds=_dcn_traffic(job, split) / chip.dcn_bytes_per_second,
+        dcn_seconds=gradients * _dcn_traffic(job, split) / chip.dcn_bytes_per_second,
         model_flops=train_flops_per_token(model, job.seq_len) * tokens,
-        executed_flops=_executed(job, setting) * tokens,
+        executed_flops=gradients * _executed(job, setting) * tokens + optimizer.flops,
     )
 
 
