@@ -63,11 +63,11 @@ def estimate(job: Job, tpu_slice: Slice, setting: Setting) -> Estimate:
     """Of a job on its slices, run in this setting."""
     model, chip = job.model, CHIPS[tpu_slice.generation]
     num_chips = tpu_slice.num_chips * job.train.slice_count
-    split = num_chips // (setting.data * setting.context)  # chips that hold a weight between them
+    split = num_chips // setting.data  # chips that hold a weight between them, those of a sequence among them
     tokens = job.tokens_per_step / num_chips
     # A layer's products and their gradients in the activations; those in the weights and what is computed again are left out.
     int8 = 4 * model.num_layers * _layer_parameters(model) if job.train.quantized_matmul == "int8" else 0
-    optimizer = optimizer_cost(model, job.train, num_chips // setting.data)
+    optimizer = optimizer_cost(model, job.train, split)
     gradients = 1 + optimizer.further_gradients
     products = gradients * (_executed(job, setting) - int8) * tokens + optimizer.flops
     return Estimate(
@@ -158,7 +158,7 @@ def _ici_traffic(job: Job, setting: Setting, split: int) -> float:
     weights = 3 * number * setting.microbatches * num_parameters(model) / setting.tensor
     if setting.tensor == 1:
         return weights
-    per_chip = job.tokens_per_step / (split * setting.data * setting.context) * setting.tensor
+    per_chip = job.tokens_per_step / (split * setting.data) * setting.tensor
     return weights + 8 * number * model.num_layers * per_chip * model.hidden_dim
 
 
