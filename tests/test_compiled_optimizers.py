@@ -78,6 +78,12 @@ def test_no_chip_has_all_layers_of_a_weight_in_float32(costs: dict[str, HloCost]
 
 
 @pytest.mark.parametrize("name", TRAIN)
+def test_weights_are_gathered_in_bfloat16_only(costs: dict[str, HloCost], name: str) -> None:
+    gathers = [one for one in costs[name].collectives if one.kind == "all-gather" and one.dtype == "f32"]
+    assert sum(one.total_wire_bytes for one in gathers) < 4 * MODEL.hidden_dim * MODEL.hidden_dim / 10
+
+
+@pytest.mark.parametrize("name", TRAIN)
 def test_memory_beside_the_state_is_within_the_estimates_margin(compiled: dict[str, Program], name: str) -> None:
     beside = compiled[name].hbm_bytes - compiled[name].argument_bytes
     assert beside < MEMORY_MARGIN * estimated(name).working_bytes
