@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from model.learning_rate import learning_rate_schedule
-from model.optimizer_config import AdafactorConfig, MuonConfig
+from model.muon import scale_by_muon
+from model.optimizer_config import AdafactorConfig
 from model.outliers import clip_outlying_norm
 from model.sophia import scale_by_sophia_g
 from model.train_config import SimpleTrainConfig
@@ -19,7 +19,6 @@ from model.train_config import SimpleTrainConfig
 # Weights of Linear layers, by name in the parameter tree. Norms and the embedding are not decayed;
 # a tied embedding is an embedding (Levanter's default mask, marin's `weight_decay_modules`).
 DECAYED = frozenset({"head", "wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down"})
-TRANSPOSED = frozenset({"w_gate", "w_up"})  # stored [L, out, in], the other matrices of the layers [L, in, out]
 
 
 def decay_mask(params: Any) -> Any:
@@ -33,17 +32,19 @@ def decayed_names(params: Any) -> list[str]:
     return ["/".join(str(key.key) for key in path) for path, decayed in leaves if decayed]
 
 
-def make_optimizer(train: SimpleTrainConfig) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(train: SimpleTrainConfig, shardings: Any = None) -> optax.GradientTransformationExtraArgs:
     """Global-norm clip, the optimizer, decoupled decay (Loshchilov and Hutter 2017), update clipping, times -lr, in this order.
 
     `update` takes the number of the step as `step`: a step that was skipped counts for the learning rate, not for the moments.
     The state of each part has its name, so that a run which starts from another's checkpoint takes what is the same thing there.
+
+    shardings: where weights live, in a tree like theirs, for `update` under a mesh; the state does not depend on it.
     """
     steps: list[tuple[str, optax.GradientTransformation]] = []
     if train.max_grad_norm is not None:
         steps.append(("clip_grad_norm", optax.clip_by_global_norm(train.max_grad_norm)))
     steps += [
-        (train.optimizer, _scale_by_optimizer(train)),
+        (train.optimizer, _scale_by_optimizer(train, shardings)),
         ("weight_decay", optax.add_decayed_weights(train.weight_decay, mask=decay_mask)),
     ]
     if train.optimizer == "muon" and train.muon.adam_learning_rate_ratio != 1.0:
@@ -55,12 +56,12 @@ def make_optimizer(train: SimpleTrainConfig) -> optax.GradientTransformationExtr
     return optax.named_chain(*steps, ("learning_rate", scale_by_learning_rate_of_step(learning_rate_schedule(train))))
 
 
-def _scale_by_optimizer(train: SimpleTrainConfig) -> optax.GradientTransformation:
+def _scale_by_optimizer(train: SimpleTrainConfig, shardings: Any) -> optax.GradientTransformation:
     match train.optimizer:
         case "adamw":
             return _adam(train)
         case "muon":
-            return optax.partition({"muon": _muon(train.muon), "adam": _adam(train)}, _muon_labels)
+            return optax.partition({"muon": scale_by_muon(train.muon, shardings), "adam": _adam(train)}, _muon_labels)
         case "lion":
             return optax.scale_by_lion(b1=train.lion.beta1, b2=train.lion.beta2)
         case "adafactor":
@@ -74,27 +75,6 @@ def _adam(train: SimpleTrainConfig) -> optax.GradientTransformation:
     return optax.scale_by_adam(b1=train.beta1, b2=train.beta2, eps=train.epsilon, nesterov=train.nesterov)
 
 
-def _muon(muon: MuonConfig) -> optax.GradientTransformation:
-    """The average of gradients, made orthogonal in every layer by itself, times a factor for its shape."""
-    return optax.chain(
-        optax.contrib.scale_by_muon(
-            ns_steps=muon.ns_steps, beta=muon.momentum, nesterov=muon.nesterov, weight_dimension_numbers=_muon_dimensions
-        ),
-        optax.stateless(lambda updates, _: _scale_by_shape(updates, muon.consistent_rms)),
-    )
-
-
-def _scale_by_shape(updates: Any, consistent_rms: float | None) -> Any:
-    """Times `consistent_rms` * sqrt(the longer side) (Liu et al. 2025), or sqrt(max(1, out / in)) (Jordan 2024)."""
-
-    def scale(path: Any, x: jax.Array) -> jax.Array:
-        inputs, outputs = x.shape[:0:-1] if path[-1].key in TRANSPOSED else x.shape[1:]
-        factor = math.sqrt(max(1.0, outputs / inputs)) if consistent_rms is None else consistent_rms * math.sqrt(max(inputs, outputs))
-        return factor * x
-
-    return jax.tree_util.tree_map_with_path(scale, updates)
-
-
 def _muon_labels(params: Any) -> Any:
     hidden = DECAYED - {"head"}
     return jax.tree_util.tree_map_with_path(lambda path, _: "muon" if path[-1].key in hidden else "adam", params)
@@ -102,11 +82,6 @@ def _muon_labels(params: Any) -> Any:
 
 def _adam_mask(params: Any) -> Any:
     return jax.tree.map(lambda label: label == "adam", _muon_labels(params))
-
-
-def _muon_dimensions(params: Any) -> Any:
-    """The last two of [L, rows, columns] are a matrix; L is not, so layers are apart. Which of the two is the input is the same."""
-    return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(1, 2), params)
 
 
 def _adafactor(adafactor: AdafactorConfig) -> optax.GradientTransformation:

@@ -1,6 +1,6 @@
 """Sophia-G (Liu et al. 2023): curvature by the Gauss-Newton-Bartlett estimator.
 
-Legend: B sequences, S tokens in a sequence, D width, V vocabulary with its padding.
+Legend: B sequences, S tokens in a sequence, C chips that a sequence is split over, D width, V vocabulary with its padding.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
+from model.context_parallel import context_size
 from model.optimizer_config import SophiaConfig
+from model.partitioning import constrain
 
 POSITIONS_AT_ONCE = 32  # logits of so many positions of every sequence exist at a time
 
@@ -48,20 +51,36 @@ def with_sampling_seeds(batch: dict[str, jax.Array], seed: int, step: jax.Array)
 
 
 def sampled_targets(
-    hidden_BSD: jax.Array, head_DV: jax.Array, seeds_BS: jax.Array, *, vocab_size: int | None, logit_soft_cap: float | None
+    hidden_BSD: jax.Array,
+    head_DV: jax.Array,
+    seeds_BS: jax.Array,
+    *,
+    vocab_size: int | None,
+    logit_soft_cap: float | None,
+    mesh: Mesh | None,
 ) -> jax.Array:
     """Targets int32 [B, S] drawn from the model's own distribution (Gumbel's trick), a few positions at a time."""
     vocab_size = head_DV.shape[1] if vocab_size is None else vocab_size
-    head_DV = jax.lax.stop_gradient(head_DV).astype(hidden_BSD.dtype)
+    # Gathered here, once: left to the compiler it is gathered again for every few positions.
+    head_DV = constrain(jax.lax.stop_gradient(head_DV).astype(hidden_BSD.dtype), (None, "vocab"), mesh)
+
+    def noise(seed: jax.Array) -> jax.Array:
+        return jax.random.gumbel(jax.random.key(seed), head_DV.shape[1:])
 
     def draw(position: tuple[jax.Array, jax.Array]) -> jax.Array:
-        hidden_BD, seeds_B = position
-        logits_BV = jnp.dot(hidden_BD, head_DV, preferred_element_type=jnp.float32)
+        hidden_BCD, seeds_BC = position
+        logits_BCV = jnp.dot(hidden_BCD, head_DV, preferred_element_type=jnp.float32)
         if logit_soft_cap is not None:
-            logits_BV = logit_soft_cap * jnp.tanh(logits_BV / logit_soft_cap)
-        noise_BV = jax.vmap(lambda seed: jax.random.gumbel(jax.random.key(seed), head_DV.shape[1:]))(seeds_B)
+            logits_BCV = logit_soft_cap * jnp.tanh(logits_BCV / logit_soft_cap)
         known_V = jnp.arange(head_DV.shape[1]) < vocab_size  # the rest is padding
-        return jnp.argmax(jnp.where(known_V, logits_BV + noise_BV, -jnp.inf), axis=-1).astype(jnp.int32)
+        noise_BCV = jax.vmap(jax.vmap(noise))(seeds_BC)
+        return jnp.argmax(jnp.where(known_V, logits_BCV + noise_BCV, -jnp.inf), axis=-1).astype(jnp.int32)
 
-    hidden_SBD = jax.lax.stop_gradient(hidden_BSD).swapaxes(0, 1)
-    return jax.lax.map(draw, (hidden_SBD, seeds_BS.swapaxes(0, 1)), batch_size=POSITIONS_AT_ONCE).swapaxes(0, 1)
+    def by_position(x_BS: jax.Array) -> jax.Array:
+        """[S / C, B, C, ...]: each of the chips of a sequence works on its own tokens."""
+        chips = context_size(mesh)
+        return jnp.moveaxis(x_BS.reshape(x_BS.shape[0], chips, -1, *x_BS.shape[2:]), 2, 0)
+
+    positions = by_position(jax.lax.stop_gradient(hidden_BSD)), by_position(seeds_BS)
+    targets = jax.lax.map(draw, positions, batch_size=POSITIONS_AT_ONCE)
+    return jnp.moveaxis(targets, 0, 2).reshape(seeds_BS.shape)

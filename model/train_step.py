@@ -127,7 +127,12 @@ def loss_sums(params: Any, batch: Batch, config: LlamaConfig, train: SimpleTrain
     head_DV, targets_BS, sampled = llama.output_head(params), batch["targets"], "sampling_seeds" in batch
     if sampled:
         targets_BS = sampled_targets(
-            hidden_BSD, head_DV, batch["sampling_seeds"], vocab_size=config.vocab_size, logit_soft_cap=config.logit_soft_cap
+            hidden_BSD,
+            head_DV,
+            batch["sampling_seeds"],
+            vocab_size=config.vocab_size,
+            logit_soft_cap=config.logit_soft_cap,
+            mesh=mesh,
         )
     return next_token_loss(
         hidden_BSD,
@@ -149,7 +154,7 @@ def make_train_step(config: LlamaConfig, train: SimpleTrainConfig, mesh: Mesh, n
     A step that `judge_step` finds bad leaves weights and averages as they were. With `train.skip_bad_steps` the run goes on with
     the next batch and `metrics["optim/skipped_step"]` is 1; else nothing at all changes and `metrics["finite"]` is false.
     """
-    optimizer = make_optimizer(train)
+    optimizer = make_optimizer(train, partitioning.param_shardings(config, mesh))
 
     def loss_and_sums(params: Any, batch: Batch) -> tuple[jax.Array, LossSums]:
         sums = loss_sums(params, batch, config, train, mesh)

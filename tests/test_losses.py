@@ -234,3 +234,34 @@ def test_soft_cap_against_autodiff_of_its_definition(arrays: dict[str, np.ndarra
     np.testing.assert_allclose(sums.loss, expected, rtol=2e-6)
     for mine, theirs in zip(actual, gradients, strict=True):
         np.testing.assert_allclose(mine, theirs, atol=3e-6 * float(jnp.abs(theirs).max()))
+
+
+def test_slices_of_the_vocabulary_are_summed_before_a_gradient_is_rounded() -> None:
+    """On hidden states of zero every probability is 1/64, so nothing is rounded but the sum; its parts are far larger than it is."""
+    rng = np.random.default_rng(2)
+    hidden, targets, vocab = jnp.zeros((4, 6, HIDDEN), jnp.bfloat16), rng.integers(0, 64, (4, 6)), 64
+    head = jnp.asarray(8 + rng.normal(size=(HIDDEN, vocab)), jnp.bfloat16)
+    exact = np.asarray(head, np.float64)
+    expected = exact.mean(axis=1) - exact.T[targets]
+    for tensor in (2, 4):
+
+        def loss(hidden: jax.Array, tensor: int = tensor) -> jax.Array:
+            settings = {"z_loss_weight": 0.0, "chunk_size": 5, "mesh": make_mesh(tensor=tensor)}
+            return next_token_loss(hidden, head.astype(jnp.float32), jnp.asarray(targets), jnp.ones(targets.shape), **settings).loss
+
+        d_hidden = jax.jit(jax.grad(loss))(hidden)
+        assert d_hidden.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.asarray(d_hidden, np.float64), expected, rtol=2**-8, atol=1e-5)
+
+
+def test_the_cotangent_is_float32_beside_gradients_in_bfloat16(arrays: dict[str, np.ndarray]) -> None:
+    hidden, head = jnp.asarray(arrays["hidden"], jnp.bfloat16), jnp.asarray(arrays["head"], jnp.float32)
+    targets, weights, factor = jnp.asarray(arrays["targets"]), jnp.asarray(arrays["weights"]), 1 + 2**-8 + 2**-12  # bfloat16: 1 + 2**-7
+
+    def loss(hidden: jax.Array, head: jax.Array) -> jax.Array:
+        return next_token_loss(hidden, head, targets, weights, z_loss_weight=0.0, chunk_size=32).loss
+
+    _, scaled = jax.vjp(loss, hidden, head)
+    plain, times = scaled(jnp.float32(1.0)), scaled(jnp.float32(factor))  # outside jit, where every operation rounds
+    np.testing.assert_array_equal(times[0], (plain[0].astype(jnp.float32) * factor).astype(jnp.bfloat16))
+    np.testing.assert_allclose(times[1], plain[1] * factor, rtol=1e-6)

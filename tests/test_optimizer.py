@@ -17,6 +17,7 @@ from model import partitioning
 from model.config import LlamaConfig
 from model.optimizer import DECAYED, clip_by_matrix_rms, decay_mask, decayed_names, make_optimizer
 from model.parameters import init_params, param_shapes
+from model.sophia import sampled_targets
 from model.train_config import SimpleTrainConfig
 from model.train_step import first_state, state_shardings
 
@@ -210,22 +211,41 @@ def test_the_same_update_on_eight_devices(name: str) -> None:
     changes = {"ema_beta": 0.9, "skip_bad_steps": True, "clip_update_norm": True} if name == "averages" else CASES[name][0]
     train, mesh = train_config(**changes), partitioning.make_mesh(data=2, tensor=2)
     placed, shapes = state_shardings(CONFIG, train, mesh), param_shapes(CONFIG)
-    state, optimizer, results = jax.device_put(first_state(train, first_params()), placed), make_optimizer(train), []
+    state, results = jax.device_put(first_state(train, first_params()), placed), []
     weights = {(leaf.shape, sharding) for leaf, sharding in zip(jax.tree.leaves(shapes), jax.tree.leaves(placed.params), strict=True)}
     large = {shape for shape, _ in weights if math.prod(shape) > 16}  # a mean over a matrix's rows can be as small as a norm
     leaves = list(zip(jax.tree.leaves(state), jax.tree.leaves(placed), strict=True))
     assert all((leaf.shape, sharding) in weights for leaf, sharding in leaves if leaf.shape in large)
     assert all(sharding.is_fully_replicated for leaf, sharding in leaves if leaf.shape not in large)
 
-    def updated(params: Tree, opt_state: Tree, grads: Tree) -> tuple[Tree, Tree]:
+    def updated(shardings: Tree, params: Tree, opt_state: Tree, grads: Tree) -> tuple[Tree, Tree]:
+        optimizer = make_optimizer(train, shardings)
         return optimizer.update(grads, opt_state, params, step=3, sampled_gradient=functools.partial(sampled_gradient, params))
 
     grads = gradient(1, jax.device_get(state.params))
     for shardings in (placed, jax.tree.map(lambda _: jax.devices()[0], placed)):
         arguments = jax.device_put((state.params, state.opt_state, grads), (shardings.params, shardings.opt_state, shardings.params))
-        out = (placed.params, placed.opt_state) if shardings is placed else None
-        results.append(jax.device_get(jax.jit(updated, out_shardings=out)(*arguments)))
+        where, out = (placed.params, (placed.params, placed.opt_state)) if shardings is placed else (None, None)
+        update = jax.jit(functools.partial(updated, where), out_shardings=out)
+        results.append(jax.device_get(update(*arguments)))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=1e-7), *results)
+
+
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+def test_sophia_draws_the_same_targets_on_any_mesh(soft_cap: float | None) -> None:
+    rng = np.random.default_rng(0)
+    hidden, head = rng.normal(size=(4, 16, 8)).astype(np.float32), rng.normal(size=(8, 24)).astype(np.float32)
+    seeds = rng.integers(0, 2**32, (4, 16), dtype=np.uint32)
+
+    def draw(mesh: Any) -> np.ndarray:
+        drawn = functools.partial(sampled_targets, vocab_size=20, logit_soft_cap=soft_cap, mesh=mesh)
+        return np.asarray(jax.jit(drawn)(hidden, head, seeds))
+
+    noise = np.stack([jax.random.gumbel(jax.random.key(seed), (24,)) for seed in seeds.reshape(-1)]).reshape(4, 16, 24)
+    logits = hidden @ head
+    logits = logits if soft_cap is None else soft_cap * np.tanh(logits / soft_cap)
+    for mesh in (None, partitioning.make_mesh(context=4), partitioning.make_mesh(data=2, context=2, tensor=2)):
+        np.testing.assert_array_equal(draw(mesh), (logits + noise)[..., :20].argmax(-1))
 
 
 @pytest.mark.parametrize(

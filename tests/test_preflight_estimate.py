@@ -9,9 +9,10 @@ import pytest
 
 from model.attention_backend import choose_backend
 from model.flops import GIB
-from model.optimizer_config import AdafactorConfig
+from model.optimizer_config import AdafactorConfig, SophiaConfig
 from model.parameters import param_shapes
-from model.preflight.estimate import estimate, kept_numbers
+from model.preflight.estimate import Estimate, estimate, kept_numbers
+from model.preflight.optimizer_cost import OptimizerCost, optimizer_cost
 from model.preflight.settings import Job, Setting, replace_train
 from model.presets import JOBS
 from model.slices import slice_named
@@ -113,3 +114,27 @@ def test_state_is_as_large_as_the_step_makes_it(train: dict[str, Any]) -> None:
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     made = estimate(wanted, slice_named("v5e-1"), Setting("full", 1, 1, 1, 1))
     assert made.state_bytes == pytest.approx(size, rel=2e-3)
+
+
+def test_chips_of_a_sequence_split_the_state_too() -> None:
+    def made(context: int) -> Estimate:
+        return estimate(job("dclm-1b"), slice_named("v4-128"), Setting("full", 1, 1, context, 1))
+
+    assert made(4).state_bytes == made(1).state_bytes
+    assert made(4).ici_seconds == made(1).ici_seconds
+
+
+def test_what_an_optimizer_adds_to_a_step() -> None:
+    def made(**train: Any) -> Estimate:
+        return estimate(job("dclm-1b", **train), slice_named("v4-128"), Setting("full", 1, 1, 1, 1))
+
+    adamw, muon, sophia = made(), made(optimizer="muon"), made(optimizer="sophia", sophia=SophiaConfig(update_interval=4))
+    # 72 matrices of 2048 x 8192 and 96 of 2048 x 2048 on 64 chips: two of each. Five times S S' L + S S' S + S S' L, two FLOPs each.
+    products = 2 * 5 * 2 * 2048**3 * ((4 + 1 + 4) + (1 + 1 + 1))
+    assert (muon.compute_seconds - adamw.compute_seconds) * 275e12 == pytest.approx(products)
+    assert muon.executed_flops - adamw.executed_flops == pytest.approx(products)
+    sent = 2 * 2 * 4 * (2048 * 8192 + 2048 * 2048) * 63 / 64  # there and back in float32
+    assert (muon.ici_seconds - adamw.ici_seconds) * 6 * 45e9 == pytest.approx(sent)
+    assert sophia.compute_seconds == pytest.approx(1.25 * adamw.compute_seconds)
+    assert sophia.ici_seconds == pytest.approx(1.25 * adamw.ici_seconds)
+    assert optimizer_cost(JOBS["dclm-1b"].model, job("dclm-1b", optimizer="lion").train, 64) == OptimizerCost()

@@ -53,3 +53,22 @@ def test_loops_that_end_at_the_diagonal() -> None:
     other = DIAGONAL.replace("constant(4)", "constant(3)")  # rounds that are not the array's elements
     with pytest.raises(HloError, match="one of as many integers as the loop around it has rounds"):
         analyse(other, causal_loops=True)
+
+
+def test_branches_count_as_often_as_they_have_something_to_do() -> None:
+    product = "ROOT %d = f32[64,64]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+    summed = "ROOT %d = f32[64,64]{1,0} all-reduce(%x), replica_groups={{0,1}}, to_apply=%sum"
+    parts = [
+        f"%{name} (x: f32[64,64]) -> f32[64,64] {{\n  %x = f32[64,64]{{1,0}} parameter(0)\n  {does}\n}}"
+        for name, does in (("often", product), ("rarely", summed))
+    ]
+    add = "%sum (a: f32[], b: f32[]) -> f32[] {\n  %a = f32[] parameter(0)\n  %b = f32[] parameter(1)\n  ROOT %s = f32[] add(%a, %b)\n}"
+    chosen = "ROOT %c = f32[64,64]{1,0} conditional(%i, %x, %x), branch_computations={%often, %rarely}"
+    given = "%x = f32[64,64]{1,0} parameter(0)\n  %i = s32[] parameter(1)"
+    entry = f"ENTRY %main (x: f32[64,64], i: s32[]) -> f32[64,64] {{\n  {given}\n  {chosen}\n}}"
+    text = "\n\n".join(["HloModule m, num_partitions=2", add, *parts, entry])
+    always, seldom = analyse(text), analyse(text, branches=0.1)
+    assert always.dot_flops == 2 * 64**3
+    assert seldom.dot_flops == pytest.approx(always.dot_flops / 10)
+    assert seldom.ici_bytes == pytest.approx(always.ici_bytes / 10)
+    assert always.ici_bytes == 64 * 64 * 4

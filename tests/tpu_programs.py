@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from model.preflight.facts import CompileOrder
@@ -18,10 +18,12 @@ _LOUD = {"TPU_MIN_LOG_LEVEL": "0", "TPU_STDERR_LOG_LEVEL": "0", "TF_CPP_MIN_LOG_
 
 @dataclass(frozen=True)
 class Program:
-    """A compiled step: its optimised HLO, and the FLOPs of one chip by XLA's own cost analysis."""
+    """A compiled step: its optimised HLO, and of one chip the FLOPs by XLA's own cost analysis and bytes of HBM."""
 
     text: str
     flops: float
+    argument_bytes: int
+    hbm_bytes: int  # arguments among them
 
 
 def compiled_programs(orders: Mapping[str, CompileOrder], directory: Path) -> tuple[dict[str, Program], str]:
@@ -46,8 +48,14 @@ def main(directory: Path) -> None:
         order = CompileOrder.model_validate_json(path.read_text(encoding="utf-8"))
         made = _program(order, directory / "dump")
         assert not isinstance(made, CompileFailure), made.message
-        program = {"text": made.compiled.as_text(), "flops": made.compiled.cost_analysis()["flops"]}
-        path.with_suffix(".program").write_text(json.dumps(program), encoding="utf-8")
+        memory = made.compiled.memory_analysis()
+        program = Program(
+            text=made.compiled.as_text(),
+            flops=made.compiled.cost_analysis()["flops"],
+            argument_bytes=memory.argument_size_in_bytes,
+            hbm_bytes=memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
+        )
+        path.with_suffix(".program").write_text(json.dumps(asdict(program)), encoding="utf-8")
 
 
 if __name__ == "__main__":

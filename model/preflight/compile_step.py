@@ -8,6 +8,7 @@ the compiler keeps gigabytes, writes to standard error as it likes, and can take
 
 from __future__ import annotations
 
+import functools
 import re
 import resource
 import sys
@@ -23,6 +24,7 @@ from model.flops import CHIPS, executed_flops_per_token, train_flops_per_token
 from model.preflight.facts import CollectiveTotal, CompileFacts, CompileFailure, CompileOrder, CompileOutcome, Memory
 from model.preflight.hlo import analyse
 from model.preflight.hlo_cost import Collective, HloCost, Network
+from model.preflight.optimizer_cost import optimizer_cost
 from model.preflight.roofline import roofline
 from model.preflight.topology import prepare, slice_devices
 from model.slices import slice_named
@@ -113,23 +115,21 @@ def _facts(order: CompileOrder, program: _Program, alone: _Program, assigned: in
     tpu_slice, model, seq_len, mesh = slice_named(order.slice_name), order.model, _seq_len(order), program.mesh
     attention = choose_backend(model, seq_len, "tpu")
     chips_per_slice = tpu_slice.num_chips if order.num_slices > 1 else None
-    whole = cost = analyse(program.compiled.as_text(), chips_per_slice=chips_per_slice, causal_loops=attention == "flash")
+    optimizer = optimizer_cost(model, order.train, mesh.devices.size // mesh.shape["data"])
+    read = functools.partial(analyse, causal_loops=attention == "flash", branches=optimizer.further_gradients or 1.0)
+    whole = cost = read(program.compiled.as_text(), chips_per_slice=chips_per_slice)
     if alone is not program:
-        cost = analyse(alone.compiled.as_text(), causal_loops=attention == "flash").with_dcn_of(whole)
+        cost = read(alone.compiled.as_text()).with_dcn_of(whole)
     tokens_per_chip = order.train.batch_schedule.largest * seq_len / mesh.devices.size
-    per_token = {
-        "model_flops_per_chip": train_flops_per_token(model, seq_len),
-        "executed_flops_per_chip": executed_flops_per_token(
-            model, seq_len, remat=model.remat, attention=attention, context=order.train.context_parallel_size
-        ),
-    }
+    executed = executed_flops_per_token(model, seq_len, remat=model.remat, attention=attention, context=order.train.context_parallel_size)
     bounds = roofline(
         CHIPS[tpu_slice.generation],
         tpu_slice,
         cost,
         tokens_per_chip=tokens_per_chip,
         coordinates=[device.coords for device in alone.mesh.devices.flat],
-        **{name: value * tokens_per_chip for name, value in per_token.items()},
+        model_flops_per_chip=train_flops_per_token(model, seq_len) * tokens_per_chip,
+        executed_flops_per_chip=executed * tokens_per_chip * (1 + optimizer.further_gradients) + optimizer.flops,
     )
     memory = program.compiled.memory_analysis()
     programs = {program, alone}

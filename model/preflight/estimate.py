@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from model.attention_backend import choose_backend
 from model.config import LlamaConfig, RematPolicy
 from model.flops import CHIPS, Chip, executed_flops_per_token, num_parameters, train_flops_per_token
+from model.preflight.optimizer_cost import optimizer_cost
 from model.preflight.settings import Job, Setting
 from model.slices import Slice
 
@@ -62,20 +63,23 @@ def estimate(job: Job, tpu_slice: Slice, setting: Setting) -> Estimate:
     """Of a job on its slices, run in this setting."""
     model, chip = job.model, CHIPS[tpu_slice.generation]
     num_chips = tpu_slice.num_chips * job.train.slice_count
-    split = num_chips // (setting.data * setting.context)  # chips that hold a weight between them
+    split = num_chips // setting.data  # chips that hold a weight between them, those of a sequence among them
     tokens = job.tokens_per_step / num_chips
     # A layer's products and their gradients in the activations; those in the weights and what is computed again are left out.
     int8 = 4 * model.num_layers * _layer_parameters(model) if job.train.quantized_matmul == "int8" else 0
+    optimizer = optimizer_cost(model, job.train, split)
+    gradients = 1 + optimizer.further_gradients
+    products = gradients * (_executed(job, setting) - int8) * tokens + optimizer.flops
     return Estimate(
         hbm_bytes=_memory(job, setting, split, tokens / setting.microbatches),
         state_bytes=_state(job, split),
-        compute_seconds=(_executed(job, setting) - int8) * tokens / chip.bf16_flops + int8 * tokens / chip.int8_flops,
-        hbm_seconds=_hbm_traffic(job, setting, split, tokens) / chip.hbm_bytes_per_second,
-        ici_seconds=_ici_traffic(job, setting, split) / _ici_rate(chip, tpu_slice),
+        compute_seconds=products / chip.bf16_flops + gradients * int8 * tokens / chip.int8_flops,
+        hbm_seconds=gradients * _hbm_traffic(job, setting, split, tokens) / chip.hbm_bytes_per_second,
+        ici_seconds=(gradients * _ici_traffic(job, setting, split) + optimizer.ici_bytes) / _ici_rate(chip, tpu_slice),
         ici_exposed=_ICI_EXPOSED[tpu_slice.generation],
-        dcn_seconds=_dcn_traffic(job, split) / chip.dcn_bytes_per_second,
+        dcn_seconds=gradients * _dcn_traffic(job, split) / chip.dcn_bytes_per_second,
         model_flops=train_flops_per_token(model, job.seq_len) * tokens,
-        executed_flops=_executed(job, setting) * tokens,
+        executed_flops=gradients * _executed(job, setting) * tokens + optimizer.flops,
     )
 
 
@@ -154,7 +158,7 @@ def _ici_traffic(job: Job, setting: Setting, split: int) -> float:
     weights = 3 * number * setting.microbatches * num_parameters(model) / setting.tensor
     if setting.tensor == 1:
         return weights
-    per_chip = job.tokens_per_step / (split * setting.data * setting.context) * setting.tensor
+    per_chip = job.tokens_per_step / (split * setting.data) * setting.tensor
     return weights + 8 * number * model.num_layers * per_chip * model.hidden_dim
 
 

@@ -29,7 +29,7 @@ class CollectiveTotal(Config):
     kind: str
     is_async: bool
     network: Literal["ici", "dcn"]
-    times: int
+    times: float = Field(description="On average over steps.")
     wire_bytes: float
 
 

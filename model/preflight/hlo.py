@@ -10,7 +10,7 @@ are per chip and step. Collectives inside one slice travel over ICI; between sli
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import defaultdict
 
 from model.preflight.hlo_cost import Collective, HloCost, NamedArray, Network, Phase
 from model.preflight.hlo_groups import replica_group
@@ -31,18 +31,19 @@ _MEGASCALE = {
 }
 
 
-def analyse(text: str, *, chips_per_slice: int | None = None, causal_loops: bool = False) -> HloCost:
+def analyse(text: str, *, chips_per_slice: int | None = None, causal_loops: bool = False, branches: float = 1.0) -> HloCost:
     """Reads `compiled.as_text()` of a program for TPU.
 
     chips_per_slice: where one program spans slices, partitions are numbered slice by slice; a group that holds chips of
         two slices then communicates over DCN. libtpu compiles one program per slice, whose transfers say it themselves.
     causal_loops: whether blocks of attention are left out by loops that end at the diagonal; see `model.preflight.hlo_loops`.
+    branches: share of steps in which conditionals have something to do; every branch of one counts for so much.
 
     Raises:
         HloError: text that is not understood; the message names the line.
     """
     module = parse_module(text)
-    walk = _Walk(module, chips_per_slice, causal_loops)
+    walk = _Walk(module, chips_per_slice, causal_loops, branches)
     walk.phase(module.entry, 1, None)
     walk.check_chains()
     arrays = tuple(
@@ -67,40 +68,41 @@ def analyse(text: str, *, chips_per_slice: int | None = None, causal_loops: bool
 class _Walk:
     """Visits every instruction as often as it runs and adds up."""
 
-    def __init__(self, module: Module, chips_per_slice: int | None, causal_loops: bool) -> None:
+    def __init__(self, module: Module, chips_per_slice: int | None, causal_loops: bool, branches: float) -> None:
         self._module = module
         self._causal_loops = causal_loops
         self._chips_per_slice = chips_per_slice
+        self._share = branches
         self._started: set[str] = set()
         self._continued: dict[str, Instruction] = {}
         self.collectives: list[Collective] = []
         self.dot_flops = self.int8_flops = 0.0
         self.hbm_bytes = 0.0
-        self.custom_calls: Counter[str] = Counter()
+        self.custom_calls: defaultdict[str, float] = defaultdict(float)
         self.phases: list[Phase] = []
 
-    def phase(self, computation: Computation, times: int, loop: Loop | None) -> None:
+    def phase(self, computation: Computation, times: float, loop: Loop | None) -> None:
         """Adds the entry or a loop's body, and keeps what it costs apart from the loops inside it."""
         before, first = self._so_far(), len(self.phases)
         self.computation(computation, times, loop)
         inside = [(one.dot_flops, one.hbm_bytes, one.kernels, one.int8_flops) for one in self.phases[first:]]
         flops, hbm, kernels, int8 = (now - then - sum(inner) for now, then, *inner in zip(self._so_far(), before, *inside, strict=True))
-        self.phases.append(Phase(computation.name, times, flops, hbm, round(kernels), int8))
+        self.phases.append(Phase(computation.name, times, flops, hbm, kernels, int8))
 
     def _so_far(self) -> tuple[float, float, float, float]:
-        return self.dot_flops, self.hbm_bytes, float(self.custom_calls[_KERNEL]), self.int8_flops
+        return self.dot_flops, self.hbm_bytes, self.custom_calls.get(_KERNEL, 0.0), self.int8_flops
 
-    def computation(self, computation: Computation, times: int, loop: Loop | None) -> None:
+    def computation(self, computation: Computation, times: float, loop: Loop | None) -> None:
         """Adds a computation that runs instruction by instruction: the entry, a loop's body, a branch."""
         for instruction in computation:
             self.hbm_bytes += times * hbm_bytes(self._module, computation, instruction)
             if instruction.opcode == "while":
                 inner = Loop(instruction, computation, loop)
                 trips = trip_count(self._module, inner, causal=self._causal_loops)
-                self.phase(self._module.called(instruction, "body"), int(times * trips), inner)
+                self.phase(self._module.called(instruction, "body"), float(times * trips), inner)
             elif instruction.opcode == "conditional":
                 for branch in self._branches(instruction):  # which one runs is not known: both count
-                    self.computation(branch, times, loop)
+                    self.computation(branch, times * self._share, loop)
             elif instruction.opcode == "call":
                 self.computation(self._module.called(instruction, "to_apply"), times, loop)
             elif instruction.opcode == "async-start":
@@ -118,13 +120,13 @@ class _Walk:
             return [self._module.called(instruction, "true_computation"), self._module.called(instruction, "false_computation")]
         return [self._module.computations[name.strip().lstrip("%")] for name in names.split(",")]
 
-    def _fusion(self, fusion: Instruction, times: int, *, is_async: bool) -> None:
+    def _fusion(self, fusion: Instruction, times: float, *, is_async: bool) -> None:
         callee = self._module.called(fusion, "calls")
         link = chain_link(fusion, callee)
         self._inside(callee, times, is_async=is_async or link == "start", repeated=link in ("middle", "done"), fusion=fusion)
 
     def _inside(
-        self, callee: Computation, times: int, *, is_async: bool, repeated: bool = False, fusion: Instruction | None = None
+        self, callee: Computation, times: float, *, is_async: bool, repeated: bool = False, fusion: Instruction | None = None
     ) -> None:
         """Adds what happens inside a fusion: HBM traffic is the fusion's own."""
         for instruction in callee:
@@ -144,7 +146,7 @@ class _Walk:
                 raise instruction.error("a part of an asynchronous collective that nothing starts")
 
     def _instruction(
-        self, computation: Computation, instruction: Instruction, times: int, *, is_async: bool, fusion: Instruction | None = None
+        self, computation: Computation, instruction: Instruction, times: float, *, is_async: bool, fusion: Instruction | None = None
     ) -> None:
         opcode = instruction.opcode
         if opcode in ("dot", "convolution"):
@@ -159,7 +161,7 @@ class _Walk:
             self._collective(computation, instruction, times, is_async or opcode.endswith("-start"), fusion)
 
     def _collective(
-        self, computation: Computation, instruction: Instruction, times: int, is_async: bool, fusion: Instruction | None
+        self, computation: Computation, instruction: Instruction, times: float, is_async: bool, fusion: Instruction | None
     ) -> None:
         kind = instruction.opcode.removesuffix("-start")
         group = replica_group(instruction, self._module.num_partitions)
@@ -191,7 +193,7 @@ class _Walk:
             )
         )
 
-    def _send(self, computation: Computation, instruction: Instruction, times: int) -> None:
+    def _send(self, computation: Computation, instruction: Instruction, times: float) -> None:
         """A host transfer; those of the multislice runtime are collectives between slices."""
         transfer = instruction.attribute(r'_xla_megascale_transfer_type="(\w+)"')
         if transfer is None:

@@ -18,7 +18,7 @@ class Collective:
 
     kind: str  # all-gather, all-reduce, reduce-scatter, all-to-all, collective-permute, ...
     is_async: bool  # started and awaited apart, with work between
-    times: int  # executions in one step
+    times: float  # executions in one step, on average over steps
     bytes: float  # of one execution: the array as it is before a scatter or after a gather
     wire_bytes: float  # of one execution: what one chip sends, by the ring algorithm
     group: tuple[int, ...]  # partitions (over DCN: slices) of the first group; of a permute, the first ring
@@ -49,10 +49,10 @@ class Phase:
     """What runs between two loop borders: the entry or a loop's body, without the loops inside it. All executions together."""
 
     name: str
-    times: int
+    times: float
     dot_flops: float
     hbm_bytes: float
-    kernels: int  # Pallas kernels, whose FLOPs HLO does not tell
+    kernels: float  # Pallas kernels, whose FLOPs HLO does not tell
     int8_flops: float = 0.0  # of dot_flops, those of integers
 
 
@@ -63,7 +63,7 @@ class HloCost:
     collectives: tuple[Collective, ...]
     dot_flops: float  # of matrix products in HLO; those inside kernels (custom calls) are not seen
     hbm_bytes: float
-    custom_calls: Mapping[str, int]  # executions by target
+    custom_calls: Mapping[str, float]  # executions by target
     arrays: tuple[NamedArray, ...]
     num_partitions: int
     phases: tuple[Phase, ...] = ()
