@@ -27,7 +27,7 @@ def _byte_characters() -> dict[int, str]:
 
 
 BYTE_CHARACTERS = _byte_characters()
-_CHARACTER_BYTES = {character: byte for byte, character in BYTE_CHARACTERS.items()}
+CHARACTER_BYTES = {character: byte for byte, character in BYTE_CHARACTERS.items()}
 _SPELL = {byte: ord(character) for byte, character in BYTE_CHARACTERS.items()}
 
 
@@ -99,7 +99,7 @@ def byte_pairs_of(tokenizer: dict[str, Any]) -> BytePairs | None:
         if text in special:
             continue
         try:
-            ranks[bytes(_CHARACTER_BYTES[character] for character in text)] = token_id
+            ranks[bytes(CHARACTER_BYTES[character] for character in text)] = token_id
         except KeyError:
             return None
     if any(bytes([byte]) not in ranks for byte in range(256)) or not _in_order(model, ranks):

@@ -39,5 +39,9 @@ class ByteVocabulary(Vocabulary):
         ids += FIRST_BYTE
         return ids, lengths
 
+    def byte_lengths(self) -> np.ndarray:
+        """See Vocabulary."""
+        return (np.arange(self.vocab_size) >= FIRST_BYTE).astype(np.int64)
+
     def _decode(self, ids: list[int]) -> str:
         return bytes(one - FIRST_BYTE for one in ids).decode("utf-8", errors="replace")

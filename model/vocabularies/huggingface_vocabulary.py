@@ -24,6 +24,7 @@ import numpy as np
 
 from model.vocabularies.byte_pairs import BytePairs, byte_pairs_of, split_pattern
 from model.vocabularies.text_borders import NextBorder, encode_parts, parts_of_text, pattern_borders
+from model.vocabularies.token_bytes import TokenBytes, token_ids
 from model.vocabularies.vocabulary import FILES, Encoded, Vocabulary, VocabularyRecord, joined, read_tokenizer_file
 
 CONFIG_FILE = "tokenizer_config.json"
@@ -47,7 +48,7 @@ class HuggingFaceVocabulary(Vocabulary):
         data = read_tokenizer_file(file)
         content = _parse(file, data)
         _load(file, data)
-        ids = _ids_of(content)
+        ids = token_ids(content)
         named = {field: token for field, token in (("bos_token", bos_token), ("eos_token", eos_token)) if token is not None}
         told = _names(file.parent / CONFIG_FILE, ids) | named
         for field, token in told.items():
@@ -132,8 +133,20 @@ class HuggingFaceVocabulary(Vocabulary):
 
     def names(self) -> list[str]:
         """See Vocabulary."""
-        by_id = {token_id: name for name, token_id in _ids_of(self.content()).items()}
+        by_id = {token_id: name for name, token_id in token_ids(self.content()).items()}
         return [by_id.get(one, "") for one in range(self.vocab_size)]
+
+    def byte_lengths(self) -> np.ndarray:
+        """See Vocabulary."""
+        return self._token_bytes.within()
+
+    def opening_byte_lengths(self) -> np.ndarray:
+        """See Vocabulary."""
+        return self._token_bytes.opening()
+
+    @cached_property
+    def _token_bytes(self) -> TokenBytes:
+        return TokenBytes(self.content(), self.vocab_size, self.special_tokens, self._tokenizer.decode_batch)
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
@@ -179,13 +192,6 @@ def _borders(content: dict[str, Any], special_tokens: Iterable[str]) -> NextBord
     if any(token.get("lstrip") or token.get("rstrip") or token.get("single_word") for token in found):
         return None
     return pattern_borders(split_pattern(content.get("pre_tokenizer")), [*(token["content"] for token in found), *special_tokens])
-
-
-def _ids_of(content: dict[str, Any]) -> dict[str, int]:
-    """Ids of all tokens, by name; a Unigram model lists its pieces in the order of their ids."""
-    vocab = content["model"]["vocab"]
-    ids = dict(vocab) if isinstance(vocab, dict) else {piece[0]: index for index, piece in enumerate(vocab)}
-    return ids | {token["content"]: int(token["id"]) for token in content.get("added_tokens") or []}
 
 
 def _names(config: Path, ids: dict[str, int]) -> dict[str, str | None]:

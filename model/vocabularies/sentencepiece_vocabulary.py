@@ -18,6 +18,8 @@ import numpy as np
 from model.vocabularies.text_borders import LONG_TEXT, NextBorder, parts_of_text, piece_borders
 from model.vocabularies.vocabulary import FILES, Encoded, Vocabulary, VocabularyRecord, joined, read_tokenizer_file
 
+_SPACE = "\u2581"  # SentencePiece's visible space
+
 
 class SentencePieceVocabulary(Vocabulary):
     """A `.model` file, encoded by the sentencepiece library itself. Its control pieces are the special tokens."""
@@ -91,6 +93,24 @@ class SentencePieceVocabulary(Vocabulary):
     def names(self) -> list[str]:
         """See Vocabulary."""
         return [self._processor.id_to_piece(one) for one in range(self.vocab_size)]
+
+    def byte_lengths(self) -> np.ndarray:
+        """See Vocabulary."""
+        processor = self._processor
+        lengths = np.zeros(self.vocab_size, np.int64)
+        for one in range(self.vocab_size):
+            if processor.is_byte(one):
+                lengths[one] = 1
+            elif not (processor.is_control(one) or processor.is_unknown(one) or processor.is_unused(one)):
+                lengths[one] = len(processor.id_to_piece(one).replace(_SPACE, " ").encode())
+        return lengths
+
+    def opening_byte_lengths(self) -> np.ndarray:
+        """See Vocabulary. (A model that puts its space at the end instead, treat_whitespace_as_suffix, has a byte too many a text.)"""
+        lengths = self.byte_lengths()
+        if self._processor.normalize("a").startswith(_SPACE):
+            lengths -= np.array([name.startswith(_SPACE) for name in self.names()])
+        return lengths
 
     def _decode(self, ids: list[int]) -> str:
         return self._processor.decode(ids)

@@ -107,6 +107,13 @@ class TiktokenVocabulary(Vocabulary):
         by_id |= {token_id: name for name, token_id in self.special_tokens.items()}
         return [by_id.get(one, "") for one in range(self.vocab_size)]
 
+    def byte_lengths(self) -> np.ndarray:
+        """See Vocabulary."""
+        lengths = np.zeros(self.vocab_size, np.int64)
+        for token, rank in self.pairs.ranks.items():
+            lengths[rank] = len(token)
+        return lengths
+
     def _decode(self, ids: list[int]) -> str:
         return self._encoding.decode(ids, errors="replace")
 

@@ -134,6 +134,19 @@ class Vocabulary(ABC):
         """The tokens by id, as the file spells them, for people to read; an id without a token has an empty name."""
         return []
 
+    @abstractmethod
+    def byte_lengths(self) -> np.ndarray:
+        """UTF-8 bytes that each id stands for within a text, int64 [vocab_size]; computed anew at each call.
+
+        The sum over the ids of a text is the size of the text as it is normalized, and with `opening_byte_lengths` for the first of
+        them exactly so. Special tokens are no text and have 0, and so has the unknown token: it stands for text of any
+        length, and to count less of it than there is can only make bits per byte look worse than they are.
+        """
+
+    def opening_byte_lengths(self) -> np.ndarray:
+        """`byte_lengths` of an id that begins a text: without the space that some tokenizers put in front of it, int64 [vocab_size]."""
+        return self.byte_lengths()
+
     def encode(self, text: str) -> np.ndarray:
         """Ids uint32 [N] of one text. Raises UnicodeEncodeError, a ValueError, for half a surrogate pair."""
         return self.encode_batch([text])[0]
