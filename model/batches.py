@@ -18,6 +18,7 @@ from model.batch_schedule import BatchSchedule, BatchSize
 from model.mixture_store import MixtureComponent, MixtureStore
 from model.order import ORDER_VERSION, Component, RowOrder, Stage, kept_windows
 from model.packing import BestFitPlan, Windows
+from model.target_bytes import target_bytes
 from model.token_store import StoreError, TokenSplit
 
 __all__ = ["Batch", "BatchLoader", "EvalBatches"]
@@ -159,43 +160,66 @@ class EvalBatches:
     """The validation split of one component in its own order: each token after a document's first is scored once.
 
     In a store with a loss mask only the tokens that it marks are. Every batch has batch_size rows over all processes; the last
-    one is filled up with rows of weight 0. `bytes` is the UTF-8 size of the scored text and `scored_tokens` the number of targets
-    that count, so that bits per byte = mean cross-entropy in nats * scored_tokens / bytes / ln 2. `bytes` is None where that size
-    is not known: of answers alone, and without BOS, where the first token of a document is never a target.
+    one is filled up with rows of weight 0. Bits per byte = mean cross-entropy in nats * scored_tokens / bytes / ln 2. Both of these
+    are of all processes' rows, on every process.
     """
 
     def __init__(
-        self, mixture: Any, component: str, *, seq_len: int, batch_size: int, process_index: int = 0, process_count: int = 1
+        self,
+        mixture: Any,
+        component: str,
+        *,
+        seq_len: int,
+        batch_size: int,
+        max_batches: int | None = None,
+        process_index: int = 0,
+        process_count: int = 1,
     ) -> None:
-        """Raises ValueError for sizes that do not fit, StoreError for a component without validation tokens."""
+        """`max_batches`: the first so many only; None: all.
+
+        Raises ValueError for sizes that do not fit, StoreError for a component without validation tokens.
+        """
         _check_sizes(seq_len, "batch_size", batch_size, process_index, process_count)
         opened = mixture if isinstance(mixture, MixtureStore) else MixtureStore.open(mixture)
         split = opened.component(component).split("validation")
         if split is None:
             raise StoreError(f"component {component!r} has no validation tokens; give its dataset a holdout above 0, or a holdout_tail")
         self.name = component
-        whole = not split.has_loss_mask and opened.tokenizer.bos_id is not None
-        self.bytes = split.source_bytes if whole else None
         self.seq_len = seq_len
-        self._split = split
+        self._split, self._tokenizer = split, opened.tokenizer
         self._batch_size = batch_size
         self._rows = batch_size // process_count
         self._first_row = process_index * self._rows
         # the targets are tokens 1, 2, ... of the stream, so the last window is the one that holds token num_tokens - 1
-        self._num_windows = max((split.num_tokens + seq_len - 2) // seq_len, 1)
+        num_windows = max((split.num_tokens + seq_len - 2) // seq_len, 1)
+        self._num_batches = (num_windows + batch_size - 1) // batch_size
+        if max_batches is not None:
+            self._num_batches = min(self._num_batches, max_batches)
+        # of the stream: all tokens that are read, the last of them as a target only
+        self._num_tokens = min(self._num_batches * batch_size * seq_len + 1, split.num_tokens)
 
     @cached_property
     def scored_tokens(self) -> int:
-        """The targets that count; for a store with a loss mask it is read for that."""
-        split = self._split
-        if not split.has_loss_mask:
-            return split.num_tokens - split.num_documents
-        mask = split.loss_mask(0, split.num_tokens)
-        return int(mask.sum(dtype=np.int64) - mask[split.document_starts(0, split.num_tokens)].sum(dtype=np.int64))
+        """The targets that count; the store is read for that."""
+        mask = self._split.loss_mask(0, self._num_tokens).copy()
+        mask[self._split.document_starts(0, self._num_tokens)] = 0
+        return int(mask.sum(dtype=np.int64))
+
+    @cached_property
+    def bytes(self) -> int:
+        """UTF-8 bytes of the text that is scored: of its source where all of that is, else of the targets, by the tokenizer.
+
+        Not all of it are the first batches, answers alone, and a split without BOS, where a document's first token is never a target.
+        Raises ValueError where the tokenizer is needed and cannot be opened.
+        """
+        split, bos_id = self._split, self._tokenizer.bos_id
+        if self._num_tokens == split.num_tokens and not split.has_loss_mask and bos_id is not None:
+            return split.source_bytes
+        return target_bytes(split, self._num_tokens, bos_id, *self._tokenizer.byte_lengths)
 
     def __len__(self) -> int:
         """The number of batches."""
-        return (self._num_windows + self._batch_size - 1) // self._batch_size
+        return self._num_batches
 
     def __iter__(self) -> Iterator[Batch]:
         """All batches, in order."""

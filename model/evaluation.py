@@ -1,6 +1,6 @@
 """Held-out loss: sums of nats, tokens and bytes over everything, divided once at the end.
 
-Loss is nats per token, bits per byte is nats / (ln 2 * source bytes), so that runs with different tokenizers compare. Micro numbers
+Loss is nats per token, bits per byte is nats / (ln 2 * bytes of text), so that runs with different tokenizers compare. Micro numbers
 are such quotients of sums over several components, macro numbers the plain mean of the components' own. The names are Levanter's;
 it weighs the micro loss of a parent tag by losses instead of tokens, and takes the mean of each batch's bits per byte.
 """
@@ -22,11 +22,11 @@ SumsFunction = Callable[[Any, dict[str, jax.Array]], LossSums]
 
 
 class HeldOut(NamedTuple):
-    """What was scored: sums in float64, which divide into any of the numbers. `bytes` is None where bits per byte would be wrong."""
+    """What was scored: sums in float64, which divide into any of the numbers."""
 
     nats: float
     tokens: float
-    bytes: float | None
+    bytes: float
 
     @property
     def loss(self) -> float:
@@ -35,8 +35,8 @@ class HeldOut(NamedTuple):
 
     @property
     def bpb(self) -> float | None:
-        """Bits per byte, where the bytes are known."""
-        return None if self.bytes is None else bits_per_byte(self.nats, self.bytes)
+        """Bits per byte; None where nothing that was scored is text."""
+        return bits_per_byte(self.nats, self.bytes) if self.bytes else None
 
 
 def evaluate(
@@ -45,21 +45,18 @@ def evaluate(
     components: Iterable[EvalBatches],
     sharding: Sharding,
     *,
-    max_batches: int | None = None,
     tags: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, float]:
     """`eval/loss` and `eval/bpb` over all components together, `eval/<component>/loss` and `/bpb` for each; tags as `by_tag` says.
 
     Every held-out token counts once, whatever batch it sits in. The z-loss is a regulariser and no part of these numbers.
-    Bits per byte need every token of a component and the size of its text, so a component cut short by `max_batches` has none,
-    nor has one whose `bytes` are not known. Every process runs the same batches: what a component holds decides their number.
+    Every process runs the same batches: what a component holds decides their number.
 
     Args:
         sums_of: the sums over a whole batch, of all processes.
-        max_batches: so many of each component at most.
         tags: those of each component, by its name.
     """
-    scored = {component.name: _score(sums_of, params, component, sharding, max_batches) for component in components}
+    scored = {component.name: _score(sums_of, params, component, sharding) for component in components}
     scored = {name: held_out for name, held_out in scored.items() if held_out.tokens}
     if not scored:
         return {}
@@ -73,7 +70,7 @@ def by_tag(scored: Mapping[str, HeldOut], tags: Mapping[str, Sequence[str]]) -> 
     """`eval/<tag>/loss` and `/bpb` over the components that have a tag, or one below it: `paloma/c4_en` is `paloma` too.
 
     Where those are several, `/micro_loss` is the same as `/loss`, and `/macro_loss` and `/macro_bpb` are the means of the components'
-    own. Bits per byte are there where every one of the components has them.
+    own, the latter where each of them has some text.
     """
     members: dict[str, list[HeldOut]] = {}
     for name, held_out in scored.items():
@@ -93,30 +90,28 @@ def levels(tag: str) -> list[str]:
     return ["/".join(parts[: depth + 1]) for depth in range(len(parts))]
 
 
-def bits_per_byte(nats: float, source_bytes: float) -> float:
+def bits_per_byte(nats: float, text_bytes: float) -> float:
     """Cross-entropy of a text in bits for each byte of its UTF-8 form."""
-    return nats / (math.log(2) * source_bytes)
+    return nats / (math.log(2) * text_bytes)
 
 
-def _score(sums_of: SumsFunction, params: Any, component: EvalBatches, sharding: Sharding, max_batches: int | None) -> HeldOut:
-    count = len(component) if max_batches is None else min(len(component), max_batches)
+def _score(sums_of: SumsFunction, params: Any, component: EvalBatches, sharding: Sharding) -> HeldOut:
     nats = tokens = 0.0
-    for index in range(count):
+    for index in range(len(component)):
         sums = sums_of(params, place(component.batch(index), sharding))
         nats, tokens = nats + float(sums.cross_entropy), tokens + float(sums.weight)
-    return HeldOut(nats, tokens, component.bytes if count == len(component) else None)
+    return HeldOut(nats, tokens, component.bytes)
 
 
 def _numbers(prefix: str, members: Sequence[HeldOut]) -> dict[str, float]:
     """Loss and bits per byte of several components together and, where they are several, their means."""
-    sizes = [member.bytes for member in members if member.bytes is not None]
-    whole = len(sizes) == len(members)
-    together = HeldOut(sum(one.nats for one in members), sum(one.tokens for one in members), sum(sizes) if whole else None)
+    together = HeldOut(*(sum(column) for column in zip(*members, strict=True)))
+    bits = [one.bpb for one in members if one.bpb is not None]
     numbers = {f"{prefix}/loss": together.loss}
     if len(members) > 1:
         numbers[f"{prefix}/macro_loss"] = sum(one.loss for one in members) / len(members)
     if together.bpb is not None:
         numbers[f"{prefix}/bpb"] = together.bpb
-        if len(members) > 1:
-            numbers[f"{prefix}/macro_bpb"] = sum(one.bpb for one in members if one.bpb is not None) / len(members)
+        if len(bits) == len(members) > 1:
+            numbers[f"{prefix}/macro_bpb"] = sum(bits) / len(members)
     return numbers

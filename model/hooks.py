@@ -46,7 +46,8 @@ def make_hooks(trainer: Trainer) -> list[Hook]:
     names = trainer.mixture.validation_names()
     # What fits the devices in training fits them in evaluation. Every process reads whole batches; each device takes its rows.
     rows = trainer.batch.rows_at_once
-    held_out = [EvalBatches(trainer.mixture, name, seq_len=trainer.seq_len, batch_size=rows) for name in names]
+    few = train.max_eval_batches
+    held_out = [EvalBatches(trainer.mixture, name, seq_len=trainer.seq_len, batch_size=rows, max_batches=few) for name in names]
     return [
         *([EvaluateHook(held_out, trainer)] if held_out else []),
         *([SampleHook(trainer)] if train.sample_prompts else []),
@@ -85,8 +86,7 @@ class EvaluateHook(Periodic):
         """Logs `eval/...` at the current step."""
         began = time.perf_counter()
         sharding = batch_sharding(trainer.mesh)
-        few, tags = trainer.job.train.max_eval_batches, trainer.job.eval_tags
-        metrics = evaluate(self._sums_of, trainer.state.eval_params, self._components, sharding, max_batches=few, tags=tags)
+        metrics = evaluate(self._sums_of, trainer.state.eval_params, self._components, sharding, tags=trainer.job.eval_tags)
         trainer.metrics.log(trainer.step, {**metrics, "eval/total_time": time.perf_counter() - began})
         emit("eval", step=trainer.step, metrics=metrics)
 

@@ -7,8 +7,11 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from model.token_store import StoreError, TokenSplit, TokenStore, artifact_path, read_committed, with_tail
 
@@ -49,6 +52,17 @@ class MixtureTokenizer:
             return cls.of(directory, json.loads((directory / MIXTURE_FILE).read_text(encoding="utf-8"))["tokenizer"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{directory / MIXTURE_FILE} cannot be read ({type(error).__name__}: {error})") from None
+
+    @cached_property
+    def byte_lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """The UTF-8 bytes that each id stands for within a document, and as its first token: int64 [vocab_size] both.
+
+        Raises ValueError where the tokenizer cannot be opened.
+        """
+        from model.vocabularies.vocabulary import Vocabulary  # not needed to read tokens
+
+        vocabulary = Vocabulary.open(self.path)
+        return vocabulary.byte_lengths(), vocabulary.opening_byte_lengths()
 
     def check(self) -> None:
         """Raises StoreError where the tokenizer is missing or damaged, or is not the one the tokens were made with."""

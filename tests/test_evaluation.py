@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,11 +19,13 @@ from model.llama import forward
 from model.losses import LossSums
 from model.mixture_store import MixtureStore
 from model.parameters import init_params
+from model.target_bytes import target_bytes
+from model.token_store import TokenStore
 from model.train_config import SimpleTrainConfig
 from model.train_step import loss_sums
 from model.vocabularies.vocabulary import Vocabulary
 from tasks.readers.text_reader import split_of
-from tests.synthetic_stores import write_mixture
+from tests.synthetic_stores import store_writer, write_manifest, write_mixture
 from tests.trained_run import TRAIN as TRAINED
 from tests.trained_run import trained_run
 
@@ -87,7 +90,7 @@ def test_bits_per_byte_are_those_of_the_raw_text_document_by_document() -> None:
 
 
 def test_tags_are_weighed_by_tokens_and_bytes_and_descend() -> None:
-    scored = {"a": HeldOut(20.0, 10.0, 8.0), "b": HeldOut(30.0, 30.0, 100.0), "c": HeldOut(7.0, 7.0, None), "d": HeldOut(1.0, 1.0, 1.0)}
+    scored = {"a": HeldOut(20.0, 10.0, 8.0), "b": HeldOut(30.0, 30.0, 100.0), "c": HeldOut(7.0, 7.0, 7.0), "d": HeldOut(1.0, 1.0, 1.0)}
     metrics = by_tag(scored, {"a": ("news/a",), "b": ("news/b", "news"), "c": ("mixed",), "d": ("mixed",)})
     bits = math.log(2)
     assert metrics == pytest.approx(
@@ -95,8 +98,8 @@ def test_tags_are_weighed_by_tokens_and_bytes_and_descend() -> None:
             **{"eval/news/loss": 50 / 40, "eval/news/micro_loss": 50 / 40, "eval/news/macro_loss": 1.5},
             **{"eval/news/bpb": 50 / 108 / bits, "eval/news/macro_bpb": (20 / 8 + 30 / 100) / 2 / bits},
             **{"eval/news/a/loss": 2.0, "eval/news/a/bpb": 20 / 8 / bits, "eval/news/b/loss": 1.0, "eval/news/b/bpb": 0.3 / bits},
-            # one of the two has no bytes: no bits per byte for both together
             **{"eval/mixed/loss": 1.0, "eval/mixed/micro_loss": 1.0, "eval/mixed/macro_loss": 1.0},
+            **{"eval/mixed/bpb": 1.0 / bits, "eval/mixed/macro_bpb": 1.0 / bits},
         }
     )
 
@@ -109,34 +112,85 @@ def test_tags_reach_the_evaluation(components: list[EvalBatches]) -> None:
         params,
         components,
         partitioning.batch_sharding(mesh),
-        max_batches=1,
         tags={"a": ("all",), "b": ("all",)},
     )
     assert metrics["eval/all/loss"] == metrics["eval/loss"]
     assert metrics["eval/all/macro_loss"] == metrics["eval/macro_loss"]
 
 
-def test_a_component_cut_short_has_no_bits_per_byte(components: list[EvalBatches]) -> None:
-    params = init_params(CONFIG, jax.random.key(0))
-    mesh = partitioning.make_mesh(devices=jax.devices()[:1])
-    metrics = evaluate(
-        lambda p, batch: loss_sums(p, batch, CONFIG, TRAIN, mesh),
-        params,
-        components,
-        partitioning.batch_sharding(mesh),
-        max_batches=1,
-    )
-    assert len(components[0]) > 1
-    assert "eval/loss" in metrics
-    assert not any(name.endswith("bpb") for name in metrics)
-
-
-def test_text_of_unknown_size_has_a_loss_and_no_bits_per_byte(tmp_path: Path) -> None:
-    mixture = write_mixture(tmp_path, {"a": 1.0}, vocab_size=64, bos_id=None)
-    batches = EvalBatches(mixture, "a", seq_len=16, batch_size=4)
-    assert batches.bytes is None
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+@pytest.mark.parametrize("cut", ["batches", "answers", "no BOS"])
+def test_of_a_part_of_the_text_the_bytes_are_those_of_the_scored_tokens(tmp_path: Path, cut: str) -> None:
+    bos_id = None if cut == "no BOS" else 1
+    mixture = write_mixture(tmp_path, {"a": 0.5, "b": 0.5}, vocab_size=259, bos_id=bos_id, masked=("a",) if cut == "answers" else ())
+    (Path(mixture.path) / "tokenizer").mkdir()
+    Vocabulary.open_bytes().write(Path(mixture.path) / "tokenizer")
+    asked: dict[str, Any] = {"seq_len": SEQ_LEN, "batch_size": 4, "max_batches": 2 if cut == "batches" else None}
+    opened = MixtureStore.open(mixture)
+    # each of several processes counts the rows of all
+    a, b = [EvalBatches(opened, name, **asked, process_index=1, process_count=2) for name in "ab"]
+    split = opened.component("a").split("validation")
+    assert split is not None
+    expected = scored = 0
+    for batch in EvalBatches(opened, "a", **asked):
+        targets = batch["targets"][batch["loss_weights"] > 0]
+        scored += len(targets)
+        expected += int((targets >= 3).sum())
+    assert (a.bytes, a.scored_tokens) == (expected, scored)
+    assert 0 < expected < split.source_bytes
+    assert (b.bytes == opened.component("b").splits["validation"].source_bytes) == (cut == "answers")
     sums = LossSums(*(jax.numpy.float32(value) for value in (2.0, 2.0, 0.0, 4.0)))
-    metrics = evaluate(lambda params, batch: sums, None, [batches], sharding)
+    metrics = evaluate(lambda params, batch: sums, None, [a, b], jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    nats = 2.0 * len(a)
+    assert metrics["eval/a/bpb"] == pytest.approx(nats / math.log(2) / expected)
+    assert metrics["eval/bpb"] == pytest.approx((nats + 2.0 * len(b)) / math.log(2) / (expected + b.bytes))
     assert metrics["eval/a/loss"] == pytest.approx(0.5)
-    assert not any(key.endswith("bpb") for key in metrics)
+
+
+def test_the_bytes_of_the_first_documents_are_those_of_their_text() -> None:
+    run = trained_run()
+    mixture = MixtureStore.open(run.mixture)
+    split = mixture.component("web").split("validation")
+    assert split is not None
+    texts = [line for line in run.lines if split_of(line, 0.2) == "validation"]
+    starts = split.document_starts(0, split.num_tokens).tolist()
+    for documents in (1, 2, 7, len(starts) - 1):
+        part = EvalBatches(run.mixture, "web", seq_len=starts[documents], batch_size=1, max_batches=1)
+        # SentencePiece's space before each document is no byte of it
+        assert part.bytes == sum(len(text.encode()) for text in texts[:documents])
+        assert part.scored_tokens == starts[documents] - documents
+    whole = EvalBatches(run.mixture, "web", seq_len=split.num_tokens, batch_size=1)
+    assert whole.bytes == split.source_bytes == target_bytes(split, split.num_tokens, 1, *mixture.tokenizer.byte_lengths)
+
+
+def test_bytes_are_counted_alike_whatever_the_block(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    opened = MixtureStore.open(write_mixture(tmp_path, {"a": 1.0}, masked=("a",)))
+    split = opened.component("a").split("validation")
+    assert split is not None
+    within, opening = np.arange(512), np.arange(512) + 1000
+    stream, mask = split.tokens(0, split.num_tokens).astype(np.int64), split.loss_mask(0, split.num_tokens).astype(np.int64)
+    starts = split.document_starts(0, split.num_tokens)
+    sizes = stream.copy()
+    sizes[starts + 1] += 1000
+    sizes[starts] = 0
+    for block in (1, 3, 50, 1 << 20):
+        monkeypatch.setattr("model.target_bytes._BLOCK", block)
+        for stop in (2, 60, split.num_tokens):
+            assert target_bytes(split, stop, 1, within, opening) == (sizes * mask)[1:stop].sum()
+
+
+def test_a_document_that_does_not_begin_with_bos_has_no_opening_token(tmp_path: Path) -> None:
+    writer = store_writer(tmp_path, loss_mask=True)
+    with writer.shard("validation", 0, 1, key="k") as shard:
+        shard.add(np.array([7, 8, 9]), 3, np.ones(3, bool))
+        shard.add(np.array([1, 8, 9]), 3, np.ones(3, bool))
+        shard.add(np.array([1]), 0, np.ones(1, bool))
+    write_manifest(tmp_path, "tokens", "a", "a" * 64, writer.stats({"validation": 1}))
+    split = TokenStore.open(tmp_path).splits["validation"]
+    assert target_bytes(split, split.num_tokens, 1, np.full(512, 10), np.full(512, 9)) == 10 + 10 + 9 + 10
+
+
+def test_where_nothing_scored_is_text_there_are_no_bits_per_byte() -> None:
+    metrics = by_tag({"a": HeldOut(20.0, 10.0, 0.0), "b": HeldOut(30.0, 30.0, 10.0)}, {"a": ("t/a",), "b": ("t",)})
+    assert "eval/t/a/bpb" not in metrics
+    assert "eval/t/macro_bpb" not in metrics
+    assert metrics["eval/t/bpb"] == pytest.approx(5 / math.log(2))
