@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from model.vocabularies.byte_pairs import LLAMA3_PATTERN, BytePairs, tiktoken_file, tokenizer_json
 from model.vocabularies.sentencepiece_json import SentencePieceJson
 from model.vocabularies.sentencepiece_vocabulary import SentencePieceVocabulary
 from model.vocabularies.vocabulary import Vocabulary
@@ -66,6 +67,17 @@ def test_the_lengths_of_a_texts_ids_add_up_to_its_bytes(tmp_path: Path, kind: st
     prefix = kind == "sentencepiece"
     assert lengths[vocabulary.encode(TEXTS[0])].sum() == len(TEXTS[0]) + prefix
     assert (lengths != vocabulary.opening_byte_lengths()).any() == prefix
+
+
+def test_a_token_of_characters_that_take_several_bytes_has_all_of_them(tmp_path: Path) -> None:
+    tokens = ["\u00e9".encode(), "\u65e5".encode()[:2], "\u65e5".encode(), " \u65e5".encode()]
+    ranks = {token: rank for rank, token in enumerate([*(bytes([byte]) for byte in range(256)), *tokens])}
+    tiktoken = written(tmp_path, tiktoken_file(ranks))
+    byte_level = json_vocabulary(tmp_path, tokenizer_json(BytePairs(ranks, LLAMA3_PATTERN), {"<s>": 260, "</s>": 261}, bos="<s>"))
+    for vocabulary in (tiktoken, byte_level):
+        assert vocabulary.byte_lengths()[254:].tolist() == [1, 1, 2, 2, 3, 4, 0, 0]
+        assert max(vocabulary.encode("\u00e9 \u65e5")) == 259
+        assert size(vocabulary, "\u00e9 \u65e5") == 6
 
 
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
