@@ -207,6 +207,7 @@ def test_equal_stages_are_the_plain_number_bit_for_bit(mixture: Path, tmp_path: 
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_stopped_at_a_border_it_continues_as_if_undisturbed(mixture: Path, tmp_path: Path) -> None:
     sizes = {"train_batch_size": stages((0, 8), (3, 24), (5, 16)), "per_device_parallelism": 1}
     whole = trainer_of(tmp_path / "whole", mixture, **sizes)

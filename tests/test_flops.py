@@ -117,6 +117,7 @@ def test_a_window_leaves_a_band_of_the_square() -> None:
     assert executed[0] - executed[1] == pytest.approx(24 * 4.5 * 4 * 2048 * 2048 * 3 / 16)  # of ten blocks of 512 three are outside
 
 
+@pytest.mark.slow
 def test_the_formula_counts_the_blocks_of_a_window() -> None:
     changes = {"gradient_checkpointing": "none", "attn_backend": "flash", "sliding_window": 130, "num_layers": 1}
     _check_formula(SMALL.model_copy(update=changes))

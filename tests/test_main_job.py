@@ -125,7 +125,8 @@ def test_asked_to_stop_in_training_it_saves_and_continues_there(
     assert_same_outcome(untrained, finished)
 
 
-@pytest.mark.parametrize("stop", [pytest.param(MainJob.interrupt, marks=pytest.mark.slow), lambda job: job.process.terminate()])
+@pytest.mark.parametrize("stop", [MainJob.interrupt, lambda job: job.process.terminate()])
+@pytest.mark.slow
 def test_asked_to_stop_in_tokenization_it_stops(stop: Callable[[MainJob], None], finished: Path, home: Path, tmp_path: Path) -> None:
     root = tmp_path / "root"
     for kind in ("raw", "tokenizers"):

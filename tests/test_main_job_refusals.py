@@ -53,6 +53,7 @@ def test_text_that_is_not_there_is_refused_before_anything_starts(content: bytes
     assert not (tmp_path / "root").exists()
 
 
+@pytest.mark.slow
 def test_undecodable_bytes_are_named_by_file_line_and_byte(home: Path, tmp_path: Path) -> None:
     text = write(tmp_path / "mine.txt", b"some good text\n\n" * 3000 + b"caf\xe9 au lait\n")
     refused(

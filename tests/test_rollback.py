@@ -74,6 +74,7 @@ def test_it_goes_back_to_the_checkpoint_and_over_the_data_since(mixture: Path, t
     assert curve(tmp_path / "run") == curve(tmp_path / "expected")
 
 
+@pytest.mark.slow
 def test_before_its_first_checkpoint_it_goes_back_to_where_it_began(mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(job(tmp_path / "before", mixture, max_rollbacks=0), NoSignals(), 0.0)  # pyright: ignore[reportArgumentType]
     poison(monkeypatch, 83)

@@ -86,6 +86,7 @@ def write_texts(tmp_path: Path, size: int, *names: str) -> None:
     subprocess.run([sys.executable, "-c", TEXTS, str(tmp_path), str(size), *names], check=True)
 
 
+@pytest.mark.slow
 def test_long_documents_for_the_tokenizers_library(tmp_path: Path) -> None:
     # at 200 bytes a byte, less than half of what is allowed is enough to tell
     write_texts(tmp_path, 5 << 20, "words", "digits", "characters")
@@ -99,6 +100,7 @@ def test_long_documents_for_sentencepiece(tmp_path: Path) -> None:
     assert shards_in_child(tmp_path, *shards) == [[2, {}], [2, {}], [1, {"too_long": 1}]]
 
 
+@pytest.mark.slow
 def test_long_documents_for_byte_pairs(tmp_path: Path) -> None:
     write_texts(tmp_path, ALMOST_16_MIB, "digits", "run")
     shards = [("plain", "digits", "auto"), ("plain", "run", "auto"), ("tiktoken", "run", "none")]

@@ -183,6 +183,7 @@ def param_shapes_here() -> Any:
     return jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=device), param_shapes(CONFIG))
 
 
+@pytest.mark.slow
 def test_all_of_it_on_eight_devices(run: Any, tmp_path: Path) -> None:
     """Targets that the model draws are the same on every mesh and in every number of microbatches."""
     train = train_config(data_parallel_size=2, tensor_parallel_size=2, per_device_parallelism=1)

@@ -51,6 +51,7 @@ def test_the_run_leaves_what_it_should(undisturbed: Path) -> None:
     assert sorted(path.name for path in (undisturbed / "checkpoints").iterdir()) == ["16", "20", "24"]
 
 
+@pytest.mark.slow
 def test_killed_three_times_ends_bit_equal(mixture: Path, undisturbed: Path, tmp_path: Path) -> None:
     job = write_job(tmp_path / "run", mixture)
     for step in (2, 7, 15):
@@ -209,6 +210,7 @@ def test_a_prompt_that_does_not_fit_is_refused_before_training(mixture: Path, tm
     assert "leaves no room to go on in model.seq_len=32: shorten it" in events[0]["message"]
 
 
+@pytest.mark.slow
 def test_samples_are_as_long_as_there_is_room(mixture: Path, tmp_path: Path) -> None:
     status, events, err = finish(start(write_job(tmp_path / "run", mixture, num_train_steps=1, sample_tokens=1000)))
     assert status == 0, err
