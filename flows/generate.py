@@ -93,6 +93,9 @@ def _complete(options: Arguments) -> int:
         except ChildFailed as error:
             print(f"error: {error}", file=sys.stderr)
             return 2 if error.named else 1
+        except OSError as error:
+            print(f"error: {error.strerror or error}", file=sys.stderr)
+            return 1
     return 0
 
 

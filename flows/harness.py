@@ -88,6 +88,9 @@ def _evaluate(options: Arguments) -> int:
     except ChildFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if error.named else 1
+    except OSError as error:
+        print(f"error: {error.strerror or error}", file=sys.stderr)
+        return 1
     table = Table("metric", "value", show_edge=False, pad_edge=False)
     results = Path(artifact.path) / RESULTS
     for name, value in sorted(json.loads(results.read_text(encoding="utf-8"))["metrics"].items()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import signal
@@ -54,3 +55,16 @@ def emit(event: str, **fields: Any) -> None:
     # One write: print() makes two, between which another thread's line could come.
     sys.stdout.write(json.dumps({"event": event, **fields}) + "\n")
     sys.stdout.flush()
+
+
+def emit_error(error: BaseException) -> None:
+    """The line that names the error this process ends with, and its number where the operating system refused something.
+
+    TensorStore, which writes checkpoints, has the number of the system in its text alone.
+    """
+    number, message = None, str(error)
+    if isinstance(error, OSError) and error.strerror:
+        number, message = error.errno, ": ".join(filter(None, (error.strerror, error.filename and str(error.filename))))
+    elif os.strerror(errno.ENOSPC) in message:
+        number = errno.ENOSPC
+    emit("error", message=message, type=type(error).__name__, errno=number)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from model.child import die_with_parent, emit
+from model.child import die_with_parent, emit, emit_error
 from model.generate import stream
 from model.inference_jobs import CompletionJob
 from model.trained_model import TrainedModel
@@ -111,7 +111,7 @@ def main(job_file: Path) -> int:
         if not isinstance(error, ValueError | OSError):
             traceback.print_exc()
             return 1
-        emit("error", message=str(error), type=type(error).__name__)
+        emit_error(error)
         return 1
     return 0
 

@@ -11,7 +11,7 @@ import jax
 
 from model import partitioning
 from model.checkpoint import restore_params
-from model.child import die_with_parent, emit
+from model.child import die_with_parent, emit_error
 from model.hf import save_hf
 from model.job import TrainingJob
 from model.mixture_store import MixtureStore
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
     except Exception as error:
         if not isinstance(error, ValueError | OSError):
             traceback.print_exc()
-        emit("error", message=str(error), type=type(error).__name__)
+        emit_error(error)
         return 1
     return 0
 

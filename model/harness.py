@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from model.child import die_with_parent, emit
+from model.child import die_with_parent, emit, emit_error
 from model.config_base import nearest
 from model.durable import write_json
 from model.inference_jobs import HarnessJob
@@ -96,7 +96,7 @@ def main(job_file: Path, results: Path) -> int:
         if not isinstance(error, ValueError | OSError):
             traceback.print_exc()
             return 1
-        emit("error", message=str(error), type=type(error).__name__)
+        emit_error(error)
         return 1
     return 0
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from model.child import STOPPED, die_with_parent, emit
+from model.child import STOPPED, die_with_parent, emit, emit_error
 from model.distributed import is_leader, join_processes, wait_for_all
 from model.flops import CHIPS, chip_of, num_parameters
 from model.job import TrainingJob
@@ -53,7 +53,7 @@ def main(job_file: Path) -> int:
     except Exception as error:
         if not isinstance(error, ValueError | ArithmeticError | OSError):
             traceback.print_exc()  # nothing we foresaw: the log needs the place
-        emit("error", message=str(error), type=type(error).__name__)
+        emit_error(error)
         return 1
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from model.child import HUNG, child_environment, events
+from tasks.storage import FULL, REFUSED
 
 SAVE_SECONDS = 25.0  # what a preempted Cloud TPU VM grants, less some
 
@@ -43,6 +44,7 @@ def run_child(module: str, arguments: list[str], on_event: Callable[[dict[str, A
         ChildFailed: with the message of its `{"event": "error"}` line, or its last words on standard error; also where it hung
             and ended itself.
         ChildStopped: it ended with `stopped_status`, or was stopped by `stop_children`.
+        OSError: what the child named was the disk, full or closed to it.
     """
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as stderr:
         # A session of its own: Ctrl-C in the terminal reaches the flow alone, which then asks the child once.
@@ -70,16 +72,20 @@ def run_child(module: str, arguments: list[str], on_event: Callable[[dict[str, A
             return
         if process.returncode == stopped_status or (_stopping.is_set() and error is None and process.returncode != HUNG):
             raise ChildStopped(f"{module} was stopped")
-        raise ChildFailed(error or _last_words(module, process.returncode, stderr), named=error is not None)
+        if error is None:
+            raise ChildFailed(_last_words(module, process.returncode, stderr))
+        if error.get("errno") in FULL | REFUSED:
+            raise OSError(error["errno"], error["message"])
+        raise ChildFailed(error["message"], named=True)
 
 
-def _follow(process: subprocess.Popen[str], on_event: Callable[[dict[str, Any]], None]) -> str | None:
-    """Reads the child's lines until it ends; the message of its error event, if it sent one."""
-    error: str | None = None
+def _follow(process: subprocess.Popen[str], on_event: Callable[[dict[str, Any]], None]) -> dict[str, Any] | None:
+    """Reads the child's lines until it ends; its error event, if it sent one."""
+    error: dict[str, Any] | None = None
     assert process.stdout is not None
     for event in events(process.stdout):
         if event.get("event") == "error":
-            error = str(event.get("message"))
+            error = event
         on_event(event)
     process.wait()
     return error

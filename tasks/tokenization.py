@@ -225,9 +225,6 @@ def _run_seqio(step: Step, config: RegisteredTask | TfdsTask, directory: Path, t
         except ChildFailed as failed:
             if error.get("kind") == "data":
                 raise DataError(str(failed)) from None
-            if error.get("kind") == "storage":
-                # with its number, so that whoever runs the step knows a full disk from a closed one
-                raise OSError(error["errno"], str(failed)) from None
             raise
     return shards["counts"], bool(shards.get("loss_mask"))
 

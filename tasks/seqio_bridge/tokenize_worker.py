@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from model.child import die_with_parent, emit
+from model.child import die_with_parent, emit, emit_error
 from model.token_store import StoreError, TokenStoreWriter
 from model.vocabularies.vocabulary import Vocabulary
 from tasks.seqio_bridge.seqio_names import TENSORFLOW_ENVIRONMENT
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
         emit("error", message=str(error), kind="data")
         return 1
     except OSError as error:
-        emit("error", message=f"{error.strerror or error}: {error.filename or spec.store}", kind="storage", errno=error.errno)
+        emit_error(error if error.filename else OSError(error.errno, error.strerror or str(error), str(spec.store)))
         return 1
     return 0
 
