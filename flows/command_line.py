@@ -116,7 +116,7 @@ def _run(arguments: Arguments, preset_name: str | None) -> int:
     if arguments.plan:
         _print_preflight(plan)
         return 0
-    check_accelerator(config.name, plan.model, config.train, tell=_tell)
+    check_accelerator(config.name, plan.model, config.train, tell=_tell, pool=config.pool)
 
     from flows.temporary_server import use_temporary_server
     from flows.train import train_llama
@@ -138,6 +138,7 @@ def _run(arguments: Arguments, preset_name: str | None) -> int:
             export=config.export,
             track=list(config.track),
             tags=list(config.tags),
+            pool=config.pool,
             root=str(root),
             only=arguments.only,
             force=list(arguments.force),

@@ -89,6 +89,7 @@ def train_llama(
     export: ExportConfig | None = None,
     track: list[TrackerName] | None = None,
     tags: list[str] | None = None,
+    pool: str | None = None,
     root: str | None = None,
     only: str | None = None,
     force: list[str] | None = None,
@@ -109,6 +110,7 @@ def train_llama(
         export: How the Hugging Face directory is made, instead of the preset's way.
         track: Trackers besides metrics.jsonl; offline without an account.
         tags: Tags for the trackers and the flow run.
+        pool: Work pool that trains, for example one of type tpu. Unset: this run itself.
         root: Where artifacts lie. Unset: PREFECT_LLAMA_ROOT, else ./artifacts.
         only: Regular expression: just the steps (kind/name) that it finds, and what they need.
         force: Regular expressions: run the steps (kind/name) that they find although they are there.
@@ -127,9 +129,10 @@ def train_llama(
         export=export,
         track=track,
         tags=tags,
+        pool=pool,
     )
     plan = plan_run(config, root_directory(root), only=only, force=tuple(force or ()))
-    check_accelerator(config.name, plan.model, config.train, tell=get_run_logger().info)
+    check_accelerator(config.name, plan.model, config.train, tell=get_run_logger().info, pool=config.pool)
     publish_plan(plan)
     artifacts = run_plan(plan)
     publish_summary(plan, artifacts)

@@ -38,6 +38,7 @@ class RunConfig(Config):
     export: ExportConfig = ExportConfig()
     track: tuple[TrackerName, ...] = runtime((), description="Trackers besides metrics.jsonl; offline without an account.")
     tags: tuple[str, ...] = runtime((), description="Tags for the trackers.")
+    pool: str | None = runtime(None, description="Work pool that trains, for example one of type `tpu`. Unset: this machine, in this run.")
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
@@ -65,6 +66,7 @@ class TrainingStep(Config):
     track: tuple[TrackerName, ...] = runtime(())
     tags: tuple[str, ...] = runtime(())
     eval_tags: dict[str, tuple[str, ...]] = runtime({}, description="The datasets' tags, by dataset name.")
+    pool: str | None = runtime(None)
 
 
 def beside_fields(train: SimpleTrainConfig) -> dict[str, Any]:

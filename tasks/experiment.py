@@ -45,6 +45,7 @@ def resolve_run(
     export: ExportConfig | None = None,
     track: Sequence[TrackerName] | None = None,
     tags: Sequence[str] | None = None,
+    pool: str | None = None,
     **scalars: Any,
 ) -> RunConfig:
     """A preset with whole parts replaced where given, then single training fields (`TRAIN_SCALARS`) where given.
@@ -64,6 +65,7 @@ def resolve_run(
         export=export or base.export,
         track=base.track if track is None else tuple(track),
         tags=base.tags if tags is None else tuple(tags),
+        pool=pool or base.pool,
     )
 
 

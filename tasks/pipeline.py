@@ -33,7 +33,13 @@ def run_steps(config: RunConfig) -> RunSteps:
         kind="checkpoints",
         name=config.name,
         config=TrainingStep(
-            model=config.model, train=pinned, initial_weights=digest, track=config.track, tags=config.tags, eval_tags=data.tags
+            model=config.model,
+            train=pinned,
+            initial_weights=digest,
+            track=config.track,
+            tags=config.tags,
+            eval_tags=data.tags,
+            pool=config.pool,
         ),
         upstream=(data.mixture,),
     )

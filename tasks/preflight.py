@@ -105,8 +105,10 @@ def refuse_what_does_not_fit(found: Preflight) -> None:
         raise DoesNotFit("; ".join([headline(found), *found.advice]))
 
 
-def check_accelerator(name: str, model: LlamaConfig, train: SimpleTrainConfig, *, tell: Callable[[str], None]) -> Preflight | None:
-    """Before anything is started: refuses a job that cannot fit its slice, or whose slice this machine is not.
+def check_accelerator(
+    name: str, model: LlamaConfig, train: SimpleTrainConfig, *, tell: Callable[[str], None], pool: str | None = None
+) -> Preflight | None:
+    """Before anything is started: refuses a job that cannot fit its slice, or, without a work pool, whose slice this machine is not.
 
     Returns what preflight found; None where no slice is named or there is no compiler.
 
@@ -121,10 +123,10 @@ def check_accelerator(name: str, model: LlamaConfig, train: SimpleTrainConfig, *
     found = preflight(name, model, train, tell=tell)
     if found is not None:
         refuse_what_does_not_fit(found)
-    if train.slice_count > 1 or not is_this_machine(slice_named(train.accelerator_type)):
+    if pool is None and (train.slice_count > 1 or not is_this_machine(slice_named(train.accelerator_type))):
         raise ValueError(
             f"train.accelerator_type={train.accelerator_type!r} can be planned (--plan) but not run: training runs on this "
-            "machine's devices, which are not that slice; leave it unset"
+            "machine's devices, which are not that slice; leave it unset, or name a work pool of type tpu with --pool"
         )
     return found
 

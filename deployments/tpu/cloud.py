@@ -1,0 +1,216 @@
+"""Cloud TPU through Google's own client: ask for a slice, see what became of it, delete it.
+
+The client is imported when it is first needed: every Prefect process that loads collections imports this package.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from deployments.tpu.form import TPUJobConfiguration
+from deployments.tpu.host_agent import NAMESPACE, TERMINATED
+
+if TYPE_CHECKING:
+    from google.cloud import tpu_v2
+
+T = TypeVar("T")
+CALL_SECONDS = 60.0
+PATIENCE_SECONDS = 600.0  # for what may pass: quota of requests per minute, an overloaded service
+LOST = {"PREEMPTED", "TERMINATED", "STOPPED", "HIDDEN"}  # states of a node that does not come back
+
+
+class Refused(ValueError):
+    """Cloud TPU will not do this however often it is asked; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class CloudSlice:
+    """A queued resource as it is."""
+
+    name: str  # projects/P/locations/Z/queuedResources/N
+    state: str
+    labels: dict[str, str]
+    created: datetime.datetime
+    message: str = ""
+    nodes: tuple[str, ...] = ()
+    active_since: datetime.datetime | None = None  # of the first node: from then on it is paid for
+    lost_nodes: tuple[str, ...] = ()
+    exit_codes: dict[int, int | None] = field(default_factory=dict)
+    errors: dict[int, str] = field(default_factory=dict)
+
+
+class CloudTpu:
+    """One endpoint of the API: Google's, or an emulator on loopback (`address` host:port, without encryption)."""
+
+    def __init__(self, address: str | None = None) -> None:
+        from google.cloud import tpu_v2
+
+        if address is None:
+            self._client = tpu_v2.TpuAsyncClient()
+        else:
+            import grpc
+            from google.cloud.tpu_v2.services.tpu.transports import TpuGrpcAsyncIOTransport
+
+            self._client = tpu_v2.TpuAsyncClient(transport=TpuGrpcAsyncIOTransport(channel=grpc.aio.insecure_channel(address)))
+
+    async def create(
+        self, configuration: TPUJobConfiguration, zone: str, name: str, labels: dict[str, str], metadata: dict[str, str]
+    ) -> str:
+        """Asks for the slices as one queued resource; returns its full name. Asking again for the same name adopts what is there.
+
+        Raises:
+            Refused: it is not allowed, not known, or beyond a quota.
+        """
+        from google.api_core import exceptions
+
+        parent = configuration.parent(zone)
+        request = {
+            "parent": parent,
+            "queued_resource_id": name,
+            "queued_resource": _queued_resource(configuration, parent, name, labels, metadata),
+        }
+        with suppress(exceptions.AlreadyExists):  # an earlier call came through and its answer did not
+            await self._call(lambda: self._client.create_queued_resource(request, timeout=CALL_SECONDS), parent)
+        return f"{parent}/queuedResources/{name}"
+
+    async def slices(self, parent: str, wanted: Callable[[dict[str, str]], bool]) -> list[CloudSlice]:
+        """Every queued resource of `parent` whose labels are wanted, without what its hosts report."""
+
+        async def listed() -> list[tpu_v2.QueuedResource]:
+            return [found async for found in await self._client.list_queued_resources({"parent": parent}, timeout=CALL_SECONDS)]
+
+        found = [_as_slice(resource) for resource in await self._call(listed, parent)]
+        return [each for each in found if wanted(each.labels)]
+
+    async def with_hosts(self, seen: CloudSlice) -> CloudSlice:
+        """An active slice with what its hosts report and which of its nodes are gone."""
+        from google.api_core import exceptions
+
+        codes: dict[int, int | None] = {}
+        errors: dict[int, str] = {}
+        lost: list[str] = []
+        since: list[datetime.datetime] = []
+        for name in seen.nodes:
+            try:
+                node = await self._call(lambda name=name: self._client.get_node({"name": name}, timeout=CALL_SECONDS), name)
+                if node.create_time:
+                    since.append(_moment(node.create_time))
+                if node.state.name in LOST:
+                    lost.append(name.rpartition("/")[2])
+                    continue
+                request = {"name": name, "query_path": f"{NAMESPACE}/"}
+                answer = await self._call(lambda request=request: self._client.get_guest_attributes(request, timeout=CALL_SECONDS), name)
+            except exceptions.NotFound:
+                lost.append(name.rpartition("/")[2])
+                continue
+            for host in answer.guest_attributes:
+                said = {item.key: item.value for item in host.query_value.items}
+                if said.get("process", "").isdecimal() and said.get("exit_code"):
+                    rank, code = int(said["process"]), said["exit_code"]
+                    codes[rank] = None if code == TERMINATED else int(code)
+                    errors |= {rank: said["error"]} if said.get("error") else {}
+        return replace(seen, active_since=min(since, default=None), lost_nodes=tuple(lost), exit_codes=codes, errors=errors)
+
+    async def delete(self, name: str) -> None:
+        """Deletes a slice with its hosts, which get a SIGTERM first. One that is gone already is no error."""
+        from google.api_core import exceptions
+
+        with suppress(exceptions.NotFound):
+            await self._call(lambda: self._client.delete_queued_resource({"name": name, "force": True}, timeout=CALL_SECONDS), name)
+
+    async def exists(self, name: str) -> bool:
+        """Whether the queued resource is still there, if only to be deleted."""
+        from google.api_core import exceptions
+
+        try:
+            await self._call(lambda: self._client.get_queued_resource({"name": name}, timeout=CALL_SECONDS), name)
+        except exceptions.NotFound:
+            return False
+        return True
+
+    async def _call(self, call: Callable[[], Awaitable[T]], what: str) -> T:
+        """Calls, again and again with growing pauses where the error may pass."""
+        from google.api_core import exceptions
+        from google.api_core.retry import AsyncRetry, if_exception_type
+
+        # Quota per minute is ResourceExhausted, as is quota of chips: the second stays, and is told after PATIENCE_SECONDS.
+        passing = if_exception_type(
+            exceptions.ServiceUnavailable,
+            exceptions.DeadlineExceeded,
+            exceptions.InternalServerError,
+            exceptions.TooManyRequests,
+            exceptions.Aborted,
+            exceptions.BadGateway,
+            ConnectionError,
+        )
+        try:
+            return await AsyncRetry(predicate=passing, initial=1.0, maximum=30.0, timeout=PATIENCE_SECONDS)(call)()  # pyright: ignore[reportCallIssue]
+        except exceptions.Forbidden as error:
+            raise Refused(
+                f"Cloud TPU refuses this account at {what} ({error.message}): give it the role roles/tpu.admin in that project, and "
+                "roles/iam.serviceAccountUser on the slice's service account"
+            ) from None
+        except exceptions.Unauthorized as error:
+            raise Refused(f"Cloud TPU knows no credentials here ({error.message}): run `gcloud auth application-default login`") from None
+        except exceptions.InvalidArgument as error:
+            raise Refused(f"Cloud TPU refuses the request at {what}: {error.message}") from None
+
+
+def _queued_resource(
+    configuration: TPUJobConfiguration, parent: str, name: str, labels: dict[str, str], metadata: dict[str, str]
+) -> dict[str, Any]:
+    node: dict[str, Any] = {
+        "accelerator_type": configuration.accelerator_type,
+        "runtime_version": configuration.runtime,
+        "labels": labels,
+        "metadata": metadata,
+        "network_config": {
+            "network": configuration.network or "",
+            "subnetwork": configuration.subnetwork or "",
+            "enable_external_ips": configuration.external_ips,
+        },
+    }
+    if configuration.service_account:
+        node["service_account"] = {"email": configuration.service_account, "scope": ["https://www.googleapis.com/auth/cloud-platform"]}
+    spec: dict[str, Any] = {"parent": parent, "node": node}
+    if configuration.num_slices > 1:
+        spec["multislice_params"] = {"node_count": configuration.num_slices, "node_id_prefix": name}
+    else:
+        spec["node_id"] = name
+    resource: dict[str, Any] = {
+        "tpu": {"node_spec": [spec]},
+        "queueing_policy": {"valid_until_duration": datetime.timedelta(hours=configuration.valid_until)},
+    }
+    if configuration.provisioning == "spot":
+        resource["spot"] = {}
+    elif configuration.provisioning == "reserved":
+        resource["guaranteed"] = {}
+        resource["reservation_name"] = f"{parent}/reservations/{configuration.reservation}"
+    return resource
+
+
+def _as_slice(resource: tpu_v2.QueuedResource) -> CloudSlice:
+    specs = resource.tpu.node_spec
+    nodes: list[str] = []
+    for spec in specs:
+        count = spec.multislice_params.node_count
+        names = [f"{spec.multislice_params.node_id_prefix}-{index}" for index in range(count)] if count else [spec.node_id]
+        nodes += [f"{spec.parent}/nodes/{name}" for name in names]
+    failed = resource.state.failed_data.error if resource.state.state.name == "FAILED" else None
+    return CloudSlice(
+        name=resource.name,
+        state=resource.state.state.name,
+        labels=dict(specs[0].node.labels) if specs else {},
+        created=_moment(resource.create_time) if resource.create_time else datetime.datetime.now(datetime.UTC),
+        message=failed.message if failed else "",
+        nodes=tuple(nodes),
+    )
+
+
+def _moment(stamp: Any) -> datetime.datetime:
+    """A time of the API, which is a datetime to proto-plus and a Timestamp to its annotations."""
+    return stamp if isinstance(stamp, datetime.datetime) else stamp.ToDatetime(datetime.UTC)

@@ -1,0 +1,199 @@
+#!/usr/bin/env python3
+"""What every host of a slice runs at boot: it is the slice's `startup-script`, so it imports the standard library alone.
+
+It works out which of the run's processes this host is, gets the code, runs the leader's or a follower's command, forwards the request
+to stop, and reports how it ended as a guest attribute, where the worker reads it without a connection to the host.
+
+    leader (process 0)   `prefect flow-run execute`: the flow, which starts the trainer as its child
+    followers            the trainer itself, with the flow run's parameters; they need no Prefect
+
+A reboot runs it again: the leader goes on with the same flow run, the trainer with its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import base64
+import ctypes
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+LAUNCH = "prefect-llama-launch"  # the attribute that says what to run, as JSON
+NAMESPACE = "prefect-llama"  # of the guest attributes
+TERMINATED = "terminated"
+CODE_DIRECTORY = Path("/opt/prefect-llama")
+TRIES = 5
+
+
+class Metadata:
+    """The metadata server of this host."""
+
+    def __init__(self) -> None:
+        self._root = f"http://{os.environ.get('GCE_METADATA_HOST', 'metadata.google.internal')}/computeMetadata/v1/"
+
+    def attribute(self, name: str, default: str | None = None) -> str:
+        """An attribute of the instance; `default` where it has none."""
+        try:
+            return self.get("instance/attributes/" + name)
+        except urllib.error.HTTPError as error:
+            if error.code == 404 and default is not None:
+                return default
+            raise
+
+    def get(self, path: str) -> str:
+        """The text at `path`."""
+        return self._call(path, None)
+
+    def report(self, name: str, value: object) -> None:
+        """Sets a guest attribute. Whoever reads it may be away, but this host's own metadata server is not."""
+        self._call(f"instance/guest-attributes/{NAMESPACE}/{name}", str(value))
+
+    def _call(self, path: str, body: str | None) -> str:
+        method, data = ("GET", None) if body is None else ("PUT", body.encode())
+        request = urllib.request.Request(self._root + path, headers={"Metadata-Flavor": "Google"}, method=method, data=data)
+        for left in reversed(range(TRIES)):
+            try:
+                with urllib.request.urlopen(request, timeout=20) as answer:
+                    return answer.read().decode()
+            except (urllib.error.URLError, OSError) as error:
+                refused = isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429
+                if refused or not left:
+                    raise
+                time.sleep(1)
+        raise AssertionError("unreachable")
+
+
+class Place:
+    """Where this host stands in the run: `process` of `processes`, and the address at which process 0 is found."""
+
+    def __init__(self, metadata: Metadata, port: int) -> None:
+        tpu = dict(line.split(": ", 1) for line in metadata.attribute("tpu-env", "").splitlines() if ": " in line)
+        tpu = {name: value.strip().strip("'") for name, value in tpu.items()}
+        hosts = [entry.split(":")[-1] for entry in metadata.attribute("worker-network-endpoints").split(",") if entry]
+        slice_index, slices = int(tpu.get("MEGASCALE_SLICE_ID") or 0), int(tpu.get("MEGASCALE_NUM_SLICES") or 1)
+        first = tpu.get("MEGASCALE_COORDINATOR_ADDRESS", "").split(":")[0] if slices > 1 else hosts[0]
+        self.process = slice_index * len(hosts) + int(metadata.attribute("agent-worker-number"))
+        self.processes = slices * len(hosts)
+        self.coordinator = f"{first or hosts[0]}:{port}"
+
+    def environment(self) -> dict[str, str]:
+        """What the trainer reads, and nothing where there is one process only."""
+        if self.processes == 1:
+            return {}
+        return {
+            "JAX_COORDINATOR_ADDRESS": self.coordinator,
+            "JAX_NUM_PROCESSES": str(self.processes),
+            "JAX_PROCESS_ID": str(self.process),
+        }
+
+
+def secrets(metadata: Metadata, names: dict[str, str]) -> dict[str, str]:
+    """The values of Secret Manager's newest versions, read with the host's own service account."""
+    if not names:
+        return {}
+    token = json.loads(metadata.get("instance/service-accounts/default/token"))["access_token"]
+    root = os.environ.get("SECRET_MANAGER_ADDRESS", "https://secretmanager.googleapis.com")
+    values = {}
+    for variable, name in names.items():
+        path = f"{root}/v1/{name}{'' if '/versions/' in name else '/versions/latest'}:access"
+        request = urllib.request.Request(path, headers={"Authorization": f"Bearer {token}"})
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                values[variable] = base64.b64decode(json.load(answer)["payload"]["data"]).decode()
+        except urllib.error.HTTPError as error:
+            raise SystemExit(
+                f"cannot read the secret {name} for {variable} (HTTP {error.code}): give the slice's service account "
+                "roles/secretmanager.secretAccessor on it"
+            ) from None
+    return values
+
+
+def command_line(launch: dict[str, Any], place: Place, environment: dict[str, str], work: Path) -> tuple[list[str], Path, dict[str, str]]:
+    """The command of this host, the directory to run it in, and its environment."""
+    parameters = work / "job.json"
+    parameters.write_text(json.dumps(launch["follower_job"]))
+    command = [part.replace("{job}", str(parameters)) for part in launch["leader" if place.process == 0 else "follower"]]
+    if launch.get("image"):
+        listed = work / "environment"
+        with open(os.open(listed, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
+            file.writelines(f"{name}={value}\n" for name, value in environment.items())
+        docker = ["docker", "run", "--rm", "--privileged", "--net=host", "--env-file", str(listed), "-v", f"{work}:{work}", launch["image"]]
+        return docker + command, work, dict(os.environ)
+    directory = Path(launch.get("directory") or CODE_DIRECTORY)
+    return command, directory, dict(os.environ, **environment)
+
+
+def get_code(launch: dict[str, Any]) -> None:
+    """Brings the image or the checkout onto this host, unless a boot before did."""
+    if launch.get("image"):
+        subprocess.run(["docker", "pull", launch["image"]], check=True)
+    elif not launch.get("directory"):
+        if not CODE_DIRECTORY.is_dir():
+            subprocess.run(["git", "clone", "--no-checkout", launch["repository"], CODE_DIRECTORY], check=True)
+        subprocess.run(["git", "-C", CODE_DIRECTORY, "checkout", "--force", launch["revision"]], check=True)
+        subprocess.run(["make", "-C", CODE_DIRECTORY, "setup"], check=True)  # installs the locked, hash-checked packages
+
+
+def die_with_parent() -> None:
+    """In the child: no command outlives this script, to write beside the one of the next boot."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+class Child:
+    """The host's one command. SIGTERM reaches it, also when it comes before the command."""
+
+    def __init__(self) -> None:
+        self.told_to_stop = False
+        self._process: subprocess.Popen[bytes] | None = None
+        signal.signal(signal.SIGTERM, self._stop)
+
+    def _stop(self, *_: object) -> None:
+        self.told_to_stop = True
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+
+    def run(self, command: list[str], directory: Path, environment: dict[str, str]) -> int:
+        """Runs it to its end; the exit status, of a death by signal as a shell has it."""
+        print("running", shlex.join(command), flush=True)
+        self._process = subprocess.Popen(command, cwd=directory, env=environment, preexec_fn=die_with_parent)
+        if self.told_to_stop:
+            self._process.send_signal(signal.SIGTERM)
+        status = self._process.wait()
+        return status if status >= 0 else 128 - status
+
+
+def main() -> int:
+    """One boot of this host; returns the exit status."""
+    metadata, child = Metadata(), Child()
+    metadata.report("exit_code", "")  # what an earlier boot said is over
+    metadata.report("phase", "starting")
+    try:
+        launch = json.loads(metadata.attribute(LAUNCH))
+        place = Place(metadata, launch["coordinator_port"])
+        metadata.report("process", place.process)
+        environment = dict(launch["env"], **place.environment(), **secrets(metadata, launch["secrets"]))
+        get_code(launch)
+        work = Path(tempfile.mkdtemp(prefix="prefect-llama-"))
+        metadata.report("phase", "running")
+        status = child.run(*command_line(launch, place, environment, work))
+    except (SystemExit, Exception) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        metadata.report("error", str(error)[:1000])
+        status = 1
+    metadata.report("exit_code", TERMINATED if child.told_to_stop else status)
+    metadata.report("phase", "ended")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""One flow run's request to Cloud TPU: names, labels, metadata. Data alone; `deployments.tpu.cloud` sends it."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from deployments.tpu.form import TPUJobConfiguration
+from deployments.tpu.host_agent import LAUNCH
+
+AGENT = Path(__file__).with_name("host_agent.py")
+CHECKOUT = Path(__file__).resolve().parents[2]
+COORDINATOR_PORT = 8476
+PREFIX = "pl"
+
+POOL_LABEL = "prefect-work-pool"
+RUN_LABEL = "prefect-flow-run-id"
+# The worker has the slice alone when it decides, so the slice carries what the run may use up.
+LIMIT_LABELS = ("max-preemptions", "max-failures", "num-zones", "max-wait-seconds", "max-active-seconds")
+
+
+@dataclass(frozen=True)
+class SliceName:
+    """`pl-<flow run>-<attempt>`: the same attempt has the same name, whoever asks for it and however often."""
+
+    flow_run: UUID
+    attempt: int
+
+    def __str__(self) -> str:
+        return f"{PREFIX}-{self.flow_run.hex}-{self.attempt}"
+
+    @classmethod
+    def parse(cls, name: str) -> SliceName | None:
+        """The name in the last part of a resource's path; None where it is not one of ours."""
+        match = re.fullmatch(rf"(?:.*/)?{PREFIX}-([0-9a-f]{{32}})-(\d+)", name)
+        return cls(UUID(match[1]), int(match[2])) if match else None
+
+
+def label(text: str) -> str:
+    """`text` as a label's value may be: lower case, 63 characters."""
+    return re.sub(r"[^-a-z0-9_]+", "_", text.lower())[:63]
+
+
+def labels(configuration: TPUJobConfiguration, flow_run: UUID, pool: str) -> dict[str, str]:
+    """By what a worker that knows nothing finds the slice again, and what its run may use up."""
+    seconds = configuration.max_active_seconds
+    limits = {
+        "max-preemptions": configuration.max_preemptions,
+        "max-failures": configuration.max_failures,
+        "num-zones": len(configuration.places),
+        "max-wait-seconds": int(configuration.valid_until * 3600),
+        "max-active-seconds": "none" if seconds == float("inf") else int(seconds),
+    }
+    return {POOL_LABEL: label(pool), RUN_LABEL: str(flow_run), **{name: str(limits[name]) for name in LIMIT_LABELS}}
+
+
+def metadata(configuration: TPUJobConfiguration, parameters: dict[str, Any], python: str, port: int) -> dict[str, str]:
+    """The slice's metadata: the script that every host runs, and what it is to run.
+
+    Args:
+        parameters: the flow run's; "job" is what followers get.
+        python: the interpreter of this machine, for hosts that are its processes.
+        port: where process 0 is found by the others.
+    """
+    local = configuration.provider == "local"
+    interpreter = python if local else "python" if configuration.image else ".venv/bin/python"
+    launch = {
+        "leader": [interpreter, "-m", "prefect", "flow-run", "execute"],
+        "follower": [interpreter, "-m", "model.training_process", "{job}"],
+        "follower_job": parameters.get("job", {}),
+        "env": {key: str(value) for key, value in configuration.env.items() if value is not None},
+        "secrets": configuration.secrets,
+        "coordinator_port": port,
+        "directory": str(CHECKOUT) if local else None,
+        "image": None if local else configuration.image,
+        "repository": configuration.repository,
+        "revision": configuration.revision,
+    }
+    found = {"startup-script": AGENT.read_text(encoding="utf-8"), LAUNCH: json.dumps(launch), "enable-guest-attributes": "TRUE"}
+    if configuration.devices_per_host:
+        found["simulated-devices-per-host"] = str(configuration.devices_per_host)
+    return found

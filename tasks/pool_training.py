@@ -1,0 +1,188 @@
+"""Training on a work pool: one flow run of `pretrain` for the training step, found again by whoever asks for it next.
+
+The run is asked for under a key made of the step's fingerprint, so a control flow that was killed and started again adopts the run
+that already trains. What it trained is believed when its last checkpoint and its outcome lie where this process reads them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+import httpx
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import FlowFilter, FlowFilterName
+from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Cancelling
+
+from model.job import TrainingJob
+from model.metrics import read_json_lines
+from tasks.caching import assert_still_owner, run_logger
+from tasks.children import ChildFailed, ChildStopped, stopping
+from tasks.formatting import duration
+from tasks.trainer_child import read_outcome
+
+if TYPE_CHECKING:
+    from prefect.client.schemas.objects import FlowRun
+    from prefect.client.schemas.responses import DeploymentResponse
+
+PRETRAIN = "pretrain"
+POLL_SECONDS = 2.0
+PROGRESS_SECONDS = 30.0
+API_SECONDS = 900.0  # without an answer of the Prefect API before following a run is given up; the run itself goes on
+CRASH_SECONDS = 45.0  # in which a worker may try a crashed run again; more than `deployments.tpu.decide.RETRY_SECONDS`
+CANCEL_SECONDS = 120.0
+GAVE_UP = "GaveUp"
+
+
+def train_on_pool(job: TrainingJob, pool: str) -> None:
+    """Trains on `pool` to the last step, adopting a run of the same job that is already there.
+
+    Raises:
+        ChildFailed: the run failed; the message says where and why.
+        ChildStopped: it was cancelled, or this process was told to stop.
+        ValueError: the pool or its deployment is not there.
+    """
+    with get_client(sync_client=True) as client:
+        deployment = pretrain_deployment(client, pool)
+        run = ask_for_run(client, job, deployment)
+        Following(client, job, run.id).until_final()
+
+
+def pretrain_deployment(client: SyncPrefectClient, pool: str) -> DeploymentResponse:
+    """The deployment of the flow `pretrain` on `pool`.
+
+    Raises:
+        ValueError: there is no such pool, or no such deployment on it; with the command that makes it.
+    """
+    try:
+        client.read_work_pool(pool)
+    except ObjectNotFound:
+        there = ", ".join(sorted(each.name for each in client.read_work_pools())) or "none"
+        raise ValueError(
+            f"pool={pool!r}: no such work pool (there are: {there}): `prefect work-pool create --type tpu {pool}` makes it"
+        ) from None
+    found = client.read_deployments(flow_filter=FlowFilter(name=FlowFilterName(any_=[PRETRAIN])))
+    mine = [each for each in found if each.work_pool_name == pool]
+    if not mine:
+        raise ValueError(
+            f"pool={pool!r} has no deployment of the flow {PRETRAIN!r}: run `prefect deploy --all`, with `work_pool.name: {pool}`"
+        )
+    return sorted(mine, key=lambda each: (each.name != pool, each.name))[0]
+
+
+def ask_for_run(client: SyncPrefectClient, job: TrainingJob, deployment: DeploymentResponse) -> FlowRun:
+    """The run that trains this job: the one that is there, or a new one where the ones before failed."""
+    variables: dict[str, Any] = {}
+    if job.train.accelerator_type is not None:
+        variables = {"accelerator_type": job.train.accelerator_type, "num_slices": job.train.slice_count}
+    for attempt in itertools.count():
+        run = run_deployment(
+            name=deployment.id,
+            parameters={"job": job.model_dump(mode="json")},
+            flow_run_name=f"pretrain-{job.name}",
+            idempotency_key=f"{job.fingerprint}:{attempt}",
+            tags=["train-llama", f"run:{job.name}"],
+            job_variables=variables,
+            timeout=0,
+        )
+        assert not isinstance(run, Coroutine)  # Prefect's annotation covers its asynchronous use too
+        state = run.state
+        if state is None or not state.is_final():
+            return run
+        if state.is_completed() and finished(job):
+            return run
+        if may_be_tried_again(run):
+            return run
+    raise AssertionError("unreachable")
+
+
+def finished(job: TrainingJob) -> bool:
+    """Whether the last checkpoint and the outcome are there."""
+    found = read_outcome(job.directory)
+    last = job.directory / "checkpoints" / str(job.train.num_train_steps)
+    return found is not None and found.get("step") == job.train.num_train_steps and last.is_dir()
+
+
+def may_be_tried_again(run: FlowRun) -> bool:
+    """Whether a worker may still take a crashed run up again."""
+    state = run.state
+    if state is None or not state.is_crashed() or state.name == GAVE_UP:
+        return False
+    return time.time() - state.timestamp.timestamp() < CRASH_SECONDS
+
+
+class Following:
+    """Follows one run to its end, through an API that is away for a while. Told to stop, it cancels the run and waits."""
+
+    def __init__(self, client: SyncPrefectClient, job: TrainingJob, run: UUID) -> None:
+        self._client, self._job, self._run = client, job, run
+        self._log = run_logger()
+        self._said = ""
+        self._progress_at = time.monotonic()
+
+    def until_final(self) -> None:
+        """Returns when the run is complete. Raises ChildFailed or ChildStopped otherwise."""
+        self._log.info("training runs as flow run %s on the work pool", self._run)
+        cancelled_at: float | None = None
+        while True:
+            run = self._read()
+            state = run.state
+            assert state is not None
+            self._tell(run)
+            if state.is_final() and not may_be_tried_again(run):
+                break
+            if cancelled_at is None and stopping():
+                self._log.warning("cancelling flow run %s: it saves a checkpoint and gives its slice back", run.name)
+                self._client.set_flow_run_state(run.id, Cancelling())
+                cancelled_at = time.monotonic()
+            if cancelled_at is not None and time.monotonic() - cancelled_at > CANCEL_SECONDS:
+                raise ChildStopped(
+                    f"flow run {run.name} was told to stop and has not answered: look for its slice, which may still cost money"
+                )
+            assert_still_owner()
+            time.sleep(POLL_SECONDS if cancelled_at is None else 0.5)
+        if state.is_completed():
+            if not finished(self._job):
+                raise ChildFailed(f"flow run {run.name} is complete, and its last checkpoint is not in {self._job.directory}", named=True)
+            return
+        if state.is_cancelled():
+            rows = read_json_lines(self._job.directory / "metrics.jsonl")
+            saved = f"at step {rows[-1]['step']} of {self._job.train.num_train_steps}" if rows else "before its first step"
+            raise ChildStopped(f"training {self._job.name} was cancelled {saved}: run the same command again to continue")
+        raise ChildFailed(f"flow run {run.name} {state.name}: {state.message}", named=state.is_failed())
+
+    def _read(self) -> FlowRun:
+        began = time.monotonic()
+        while True:
+            try:
+                return self._client.read_flow_run(self._run)
+            except httpx.HTTPError as error:
+                if time.monotonic() - began > API_SECONDS:
+                    raise ChildFailed(
+                        f"the Prefect API did not answer for {API_SECONDS / 60:.0f} minutes ({error}); flow run {self._run} may still train"
+                    ) from None
+                time.sleep(POLL_SECONDS)
+
+    def _tell(self, run: FlowRun) -> None:
+        assert run.state is not None
+        said = f"{run.state.name}" + (f": {run.state.message}" if run.state.message else "")
+        if said != self._said:
+            self._said = said
+            self._log.info("flow run %s is %s", run.name, said)
+        if run.state.is_running() and time.monotonic() - self._progress_at > PROGRESS_SECONDS:
+            self._progress_at = time.monotonic()
+            rows = read_json_lines(self._job.directory / "metrics.jsonl")
+            if rows:
+                running = duration(time.time() - run.start_time.timestamp()) if run.start_time else "?"
+                self._log.info(
+                    "step %d/%d  loss %s  running for %s",
+                    rows[-1]["step"],
+                    self._job.train.num_train_steps,
+                    rows[-1].get("train/loss"),
+                    running,
+                )
