@@ -1,0 +1,1 @@
+"""The `tpu` work pool: flow runs on Cloud TPU slices, real or simulated."""
