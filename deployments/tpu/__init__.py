@@ -1,5 +1,1 @@
-"""The `tpu` worker type for Prefect work pools: flow runs on Cloud TPU slices."""
-
-from deployments.tpu.worker import TPUWorker
-
-__all__ = ["TPUWorker"]
+"""The `tpu` work pool: flow runs on Cloud TPU slices, real or simulated."""
