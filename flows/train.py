@@ -3,7 +3,7 @@
     python flows/train.py                                  the debug preset: a few minutes on a laptop, offline
     python flows/train.py tiny --train.num-train-steps 500 another preset, one thing changed
     python flows/train.py --plan                           what would run, be reused, and cost
-    prefect deployment run train-llama/local               the same run through a work pool
+    prefect deployment run train-llama/train-llama               the same run through a work pool
 
 Raw text -> tokenizer -> tokens -> mixture -> checkpoints -> Hugging Face directory. Each arrow is one Prefect task whose
 result is a directory with a manifest; a step whose configuration and inputs did not change is reused.

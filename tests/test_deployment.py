@@ -111,7 +111,7 @@ def as_flags(parameters: dict[str, Any]) -> list[str]:
 
 
 def test_deployed_runs_and_their_artifacts(prefect: Prefect) -> None:
-    prefect.run("deployment", "run", "train-llama/local", *as_flags(PARAMETERS))
+    prefect.run("deployment", "run", "train-llama/train-llama", *as_flags(PARAMETERS))
     first = prefect.wait_for_last_run(1)
     assert first["state"]["type"] == "COMPLETED", (prefect.home / "worker.log").read_text()[-5000:]
     artifacts = {artifact["key"]: artifact for artifact in prefect.post("/artifacts/filter") if artifact["key"]}
@@ -133,7 +133,7 @@ def test_deployed_runs_and_their_artifacts(prefect: Prefect) -> None:
 
 
 def test_the_form_in_the_ui(prefect: Prefect) -> None:
-    deployment = httpx.get(f"{prefect.api}/deployments/name/train-llama/local", timeout=30).json()
+    deployment = httpx.get(f"{prefect.api}/deployments/name/train-llama/train-llama", timeout=30).json()
     schema = deployment["parameter_openapi_schema"]
     properties = schema["properties"]
     assert all(field.get("description") for field in properties.values())
@@ -155,7 +155,7 @@ def test_the_form_in_the_ui(prefect: Prefect) -> None:
 )
 def test_a_wrong_value_is_refused_before_anything_starts(prefect: Prefect, flag: str, message: str) -> None:
     before = len(prefect.flow_runs())
-    output = prefect.run("deployment", "run", "train-llama/local", "--param", flag, good=False)
+    output = prefect.run("deployment", "run", "train-llama/train-llama", "--param", flag, good=False)
     assert message in output
     assert len(prefect.flow_runs()) == before
 
