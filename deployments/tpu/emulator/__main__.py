@@ -12,8 +12,9 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from deployments.tpu.emulator.address import ADDRESS_FILE, LOCK
 from deployments.tpu.emulator.cloud import Cloud
@@ -24,6 +25,7 @@ from deployments.tpu.emulator.service import Service
 from model.durable import write_json
 
 _LOOK_AGAIN = 0.2  # seconds
+_LOCK_PATIENCE = 1.0
 
 
 def main() -> None:
@@ -32,15 +34,27 @@ def main() -> None:
     directory: Path = asked.directory.resolve()
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / LOCK).open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SystemExit(f"another emulator has --directory {directory}: give another directory, or end that one") from None
+        if not _taken(lock):
+            raise SystemExit(f"another emulator has --directory {directory}: give another directory, or end that one")
         # A dead emulator's: nobody may take its address for this one's.
         (directory / ADDRESS_FILE).unlink(missing_ok=True)
         if (directory / DISKS).exists():
             shutil.rmtree(directory / DISKS)
         _serve(directory, asked)
+
+
+def _taken(lock: TextIO) -> bool:
+    """Takes the lock, unless another emulator has it: that keeps it, while those that only ask whether it is free do not."""
+    deadline = time.monotonic() + _LOCK_PATIENCE
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_LOCK_PATIENCE / 20)
+        else:
+            return True
 
 
 def _serve(directory: Path, asked: argparse.Namespace) -> None:

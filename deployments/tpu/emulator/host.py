@@ -97,11 +97,6 @@ class Host:
                 machine.wait()
                 self._machine = None
 
-    def reboot(self, grace: float) -> None:
-        """Off and on again: the startup script runs again, as after a maintenance of the host."""
-        self.shutdown(grace)
-        self.boot()
-
     def remove(self, grace: float) -> None:
         """Off for good: its disk and its metadata server go too; its log stays."""
         with self._lock:
