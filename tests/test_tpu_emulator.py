@@ -546,9 +546,20 @@ def test_one_emulator_of_a_directory_that_dies_with_its_hosts_and_is_replaced(di
     assert running_emulator(directory) != written["address"]
     again = json.loads((directory / "emulator.json").read_text())
     assert again["pid"] != written["pid"]
+
+    async def start_another() -> None:
+        async with connected(again["address"]) as client, asyncio.timeout(60):
+            await client.create_queued_resource(asked("other", accelerator_type="v4-8"))
+            await reached(client, State.ACTIVE, queued("other"))
+            await processes(client, node_of("other-node"))
+
+    asyncio.run(start_another())
     os.kill(again["pid"], signal.SIGTERM)
     until(lambda: not lives(again["pid"]))
     assert not (directory / "emulator.json").exists()
+    assert (directory / "other-node-w0.log").read_text() == "boot 1\ntold to end\n"
+    assert not list((directory / "disks").iterdir())  # those of the killed one too
+    assert f"{queued('other')} is ACTIVE" in (directory / "emulator.log").read_text()
 
 
 def test_a_service_with_queued_resources_or_requests_is_not_idle(clouds: Callable[..., Service]) -> None:

@@ -13,7 +13,7 @@ from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 
-from model.child import PARENT_VARIABLE, child_environment
+from model.child import CHECKOUT, PARENT_VARIABLE, child_environment
 
 ADDRESS_FILE = "emulator.json"
 LOG = "emulator.log"
@@ -97,6 +97,7 @@ def _start(directory: Path, options: Sequence[str]) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             [sys.executable, "-m", "deployments.tpu.emulator", "--directory", str(directory), *options],
             env=environment,
+            cwd=CHECKOUT,  # this process's own may be removed before the emulator ends
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from deployments.tpu.emulator.metadata import MetadataServer
 from deployments.tpu.emulator.processes import MARK, end_processes
-from model.child import child_environment
+from model.child import CHECKOUT, child_environment
 
 SIMULATED_SLICE = "PREFECT_LLAMA_SIMULATED_SLICE"  # environment variable: the accelerator type that a host is part of
 DISKS = "disks"  # the directory of the working directories of hosts that are there
@@ -73,6 +73,7 @@ class Host:
                 self._machine = subprocess.Popen(
                     [sys.executable, "-m", "deployments.tpu.emulator.machine"],
                     env={name: value for name, value in child_environment().items() if name != MARK},
+                    cwd=CHECKOUT,  # this process's own may be gone
                     stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=subprocess.STDOUT,
