@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import signal
@@ -23,9 +24,10 @@ from google.cloud import tpu_v2
 from google.cloud.tpu_v2.services.tpu.transports import TpuGrpcAsyncIOTransport
 from google.protobuf import duration_pb2
 
+from deployments.tpu.emulator import address
 from deployments.tpu.emulator.address import running_emulator
 from deployments.tpu.emulator.cloud import Cloud
-from deployments.tpu.emulator.control import order
+from deployments.tpu.emulator.control import Control, order
 from deployments.tpu.emulator.fulfilment import Supply
 from deployments.tpu.emulator.host import xla_flags
 from deployments.tpu.emulator.metadata import MetadataServer
@@ -70,8 +72,8 @@ while True:
 
 
 @asynccontextmanager
-async def connected(address: str) -> AsyncIterator[tpu_v2.TpuAsyncClient]:
-    async with grpc.aio.insecure_channel(address) as channel:
+async def connected(server: str) -> AsyncIterator[tpu_v2.TpuAsyncClient]:
+    async with grpc.aio.insecure_channel(server) as channel:
         yield tpu_v2.TpuAsyncClient(transport=TpuGrpcAsyncIOTransport(channel=channel))
 
 
@@ -308,17 +310,19 @@ def test_the_power_of_one_host_fails_and_takes_all_its_processes(clouds: Callabl
 
 
 def test_a_zone_gives_what_it_has_in_the_order_of_requests(clouds: Callable[..., Service]) -> None:
-    service = clouds(Supply(capacity=1))
+    service = clouds(Supply(capacity=2))
 
     async def test(client: tpu_v2.TpuAsyncClient) -> None:
         elsewhere = "projects/p/locations/europe-west4-b"
-        for name in ("first", "second", "third"):
-            await client.create_queued_resource(asked(name, metadata={}))
-        await client.create_queued_resource(asked("q", zone=elsewhere, metadata={}))
+        await client.create_queued_resource(asked("first", metadata={}))
         await reached(client, State.ACTIVE, queued("first"))
+        await client.create_queued_resource(asked("second", slices=2, metadata={}))
         await reached(client, State.WAITING_FOR_RESOURCES, queued("second"))
-        await reached(client, State.WAITING_FOR_RESOURCES, queued("third"))
+        await client.create_queued_resource(asked("third", metadata={}))
+        await client.create_queued_resource(asked("q", slices=2, zone=elsewhere, metadata={}))
         await reached(client, State.ACTIVE, queued(zone=elsewhere))
+        # one slice is free, but the second came first
+        await reached(client, State.WAITING_FOR_RESOURCES, queued("third"))
         assert [one.name async for one in await client.list_queued_resources({"parent": ZONE, "page_size": 2})] == [
             queued(name) for name in ("first", "second", "third")
         ]
@@ -328,7 +332,8 @@ def test_a_zone_gives_what_it_has_in_the_order_of_requests(clouds: Callable[...,
         await reached(client, State.WAITING_FOR_RESOURCES, queued("third"))
         await client.delete_queued_resource(name=queued("third"))  # without force: it waits
         await gone(client, queued("third"))
-        await client.delete_node(name=node_of("second-node"))  # its user takes the last node away
+        for number in range(2):  # its user takes the nodes away
+            await client.delete_node(name=node_of(f"second-node-{number}"))
         suspended = await reached(client, State.SUSPENDED, queued("second"))
         assert suspended.state.state_initiator is tpu_v2.QueuedResourceState.StateInitiator.USER
 
@@ -510,10 +515,13 @@ def until(true: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def test_one_emulator_of_a_directory_that_dies_with_its_hosts_and_is_replaced(directory: Path) -> None:
+def test_one_emulator_of_a_directory_that_dies_with_its_hosts_and_is_replaced(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts: list[Path] = []
+    start = address._start
+    monkeypatch.setattr(address, "_start", lambda place, options: (starts.append(place), start(place, options))[1])
     with ThreadPoolExecutor(2) as threads:
         addresses = set(threads.map(lambda _: running_emulator(directory), range(2)))
-    assert len(addresses) == 1
+    assert (len(addresses), starts) == (1, [directory])
     written = json.loads((directory / "emulator.json").read_text())
 
     async def test() -> list[list[int]]:
@@ -538,9 +546,20 @@ def test_one_emulator_of_a_directory_that_dies_with_its_hosts_and_is_replaced(di
     assert running_emulator(directory) != written["address"]
     again = json.loads((directory / "emulator.json").read_text())
     assert again["pid"] != written["pid"]
+
+    async def start_another() -> None:
+        async with connected(again["address"]) as client, asyncio.timeout(60):
+            await client.create_queued_resource(asked("other", accelerator_type="v4-8"))
+            await reached(client, State.ACTIVE, queued("other"))
+            await processes(client, node_of("other-node"))
+
+    asyncio.run(start_another())
     os.kill(again["pid"], signal.SIGTERM)
     until(lambda: not lives(again["pid"]))
     assert not (directory / "emulator.json").exists()
+    assert (directory / "other-node-w0.log").read_text() == "boot 1\ntold to end\n"
+    assert not list((directory / "disks").iterdir())  # those of the killed one too
+    assert f"{queued('other')} is ACTIVE" in (directory / "emulator.log").read_text()
 
 
 def test_a_service_with_queued_resources_or_requests_is_not_idle(clouds: Callable[..., Service]) -> None:
@@ -556,6 +575,47 @@ def test_an_emulator_that_nobody_needs_ends(directory: Path) -> None:
     process = json.loads((directory / "emulator.json").read_text())["pid"]
     until(lambda: not lives(process))
     assert "no queued resource" in (directory / "emulator.log").read_text()
+
+
+class Started(Exception):
+    """An emulator would have been started."""
+
+
+@pytest.fixture
+def no_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(*_: object) -> None:
+        raise Started
+
+    monkeypatch.setattr(address, "_start", start)
+    monkeypatch.setattr(address, "_PATIENCE", 0.2)
+
+
+@pytest.mark.usefixtures("no_start")
+def test_none_is_started_beside_one_that_lives_and_does_not_answer(tmp_path: Path) -> None:
+    with (tmp_path / "emulator.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(RuntimeError, match="did not come up"):
+            running_emulator(tmp_path)
+
+
+@pytest.mark.usefixtures("no_start")
+def test_only_the_emulator_that_wrote_the_address_is_taken_for_it(tmp_path: Path) -> None:
+    told: dict[str, Any] = {"pid": 7, "directory": str(tmp_path), "ends": False}
+    control = Control(Cloud(tmp_path), lambda: told)
+    written = tmp_path / "emulator.json"
+    written.write_text(json.dumps({"address": "127.0.0.1:1", "control": control.address, "pid": 7}))
+    try:
+        assert running_emulator(tmp_path) == "127.0.0.1:1"
+        for field, value in (("pid", 8), ("directory", "/other"), ("ends", True)):
+            told[field], before = value, told[field]
+            with pytest.raises(Started):
+                running_emulator(tmp_path)
+            told[field] = before
+        written.write_text("{")
+        with pytest.raises(Started):
+            running_emulator(tmp_path)
+    finally:
+        control.close()
 
 
 def test_an_emulator_that_does_not_come_up_is_told_with_its_log(directory: Path) -> None:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import logging
 import os
 import shutil
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from deployments.tpu.emulator.address import ADDRESS_FILE, LOCK
 from deployments.tpu.emulator.cloud import Cloud
@@ -23,24 +25,39 @@ from deployments.tpu.emulator.host import DISKS
 from deployments.tpu.emulator.service import Service
 from model.durable import write_json
 
+_LOG = logging.getLogger(__name__)
 _LOOK_AGAIN = 0.2  # seconds
+_LOCK_PATIENCE = 1.0
 
 
 def main() -> None:
     """Serves, and ends with its hosts."""
     asked = _arguments()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     directory: Path = asked.directory.resolve()
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / LOCK).open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SystemExit(f"another emulator has --directory {directory}: give another directory, or end that one") from None
+        if not _taken(lock):
+            raise SystemExit(f"another emulator has --directory {directory}: give another directory, or end that one")
         # A dead emulator's: nobody may take its address for this one's.
         (directory / ADDRESS_FILE).unlink(missing_ok=True)
         if (directory / DISKS).exists():
             shutil.rmtree(directory / DISKS)
         _serve(directory, asked)
+
+
+def _taken(lock: TextIO) -> bool:
+    """Takes the lock, unless another emulator has it: that keeps it, while those that only ask whether it is free do not."""
+    deadline = time.monotonic() + _LOCK_PATIENCE
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_LOCK_PATIENCE / 20)
+        else:
+            return True
 
 
 def _serve(directory: Path, asked: argparse.Namespace) -> None:
@@ -60,17 +77,17 @@ def _serve(directory: Path, asked: argparse.Namespace) -> None:
     address = service.start(asked.port)
     control = Control(cloud, about)
     write_json(directory / ADDRESS_FILE, {"address": address, "control": control.address, "pid": os.getpid()})
-    print(f"Cloud TPU API on {address}, control on {control.address}, process {os.getpid()}", flush=True)
+    _LOG.info("Cloud TPU API on %s, control on %s, process %d", address, control.address, os.getpid())
     while not ends.wait(_LOOK_AGAIN):
         with deciding:
             if service.is_idle(asked.idle_seconds):
-                print(f"no queued resource, and no request for {asked.idle_seconds:g} s", flush=True)
+                _LOG.info("no queued resource, and no request for %g s", asked.idle_seconds)
                 ends.set()
     (directory / ADDRESS_FILE).unlink(missing_ok=True)
     service.stop()
     cloud.close(asked.grace_seconds)
     control.close()
-    print("ended", flush=True)
+    _LOG.info("ended")
 
 
 def _arguments() -> argparse.Namespace:

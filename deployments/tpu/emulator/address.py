@@ -13,7 +13,7 @@ from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 
-from model.child import PARENT_VARIABLE, child_environment
+from model.child import CHECKOUT, PARENT_VARIABLE, child_environment
 
 ADDRESS_FILE = "emulator.json"
 LOG = "emulator.log"
@@ -75,9 +75,10 @@ def _answering(directory: Path) -> str | None:
     """The address in the directory's file, if the emulator that wrote it answers."""
     try:
         written: dict[str, Any] = json.loads((directory / ADDRESS_FILE).read_bytes())
-    except FileNotFoundError:
+        address, control, process = written["address"], written["control"], written["pid"]
+    except (FileNotFoundError, ValueError, KeyError):  # there is none, or not one that an emulator wrote
         return None
-    connection = HTTPConnection(written["control"], timeout=5.0)
+    connection = HTTPConnection(control, timeout=5.0)
     try:
         connection.request("GET", "/")
         told = json.loads(connection.getresponse().read())
@@ -85,9 +86,9 @@ def _answering(directory: Path) -> str | None:
         return None
     finally:
         connection.close()
-    if not isinstance(told, dict) or told.get("pid") != written["pid"] or told.get("directory") != str(directory) or told.get("ends"):
+    if not isinstance(told, dict) or told.get("pid") != process or told.get("directory") != str(directory) or told.get("ends"):
         return None
-    return written["address"]
+    return address
 
 
 def _start(directory: Path, options: Sequence[str]) -> subprocess.Popen[bytes]:
@@ -96,6 +97,7 @@ def _start(directory: Path, options: Sequence[str]) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             [sys.executable, "-m", "deployments.tpu.emulator", "--directory", str(directory), *options],
             env=environment,
+            cwd=CHECKOUT,  # this process's own may be removed before the emulator ends
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -39,6 +39,7 @@ class Events:
 
         Raises:
             Refusal: NOT_FOUND.
+            OSError: no process can be started.
         """
         with self._state.changed:
             _, nodes = self._state.chosen(name, node)
@@ -47,11 +48,8 @@ class Events:
         on_all([host for one in nodes for host in one.hosts], grace)
         for one in nodes:
             with self._state.changed:
-                if one.message.state is not NodeState.RESTARTING:  # it was deleted or preempted meanwhile
-                    continue
-            one.boot()
-            with self._state.changed:
-                if one.message.state is NodeState.RESTARTING:
+                if one.message.state is NodeState.RESTARTING:  # it was not deleted or preempted meanwhile
+                    one.boot()
                     one.ready()
 
     def kill_host(self, node: str, worker: int) -> None:

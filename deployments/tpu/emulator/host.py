@@ -18,7 +18,7 @@ from pathlib import Path
 
 from deployments.tpu.emulator.metadata import MetadataServer
 from deployments.tpu.emulator.processes import MARK, end_processes
-from model.child import child_environment
+from model.child import CHECKOUT, child_environment
 
 SIMULATED_SLICE = "PREFECT_LLAMA_SIMULATED_SLICE"  # environment variable: the accelerator type that a host is part of
 DISKS = "disks"  # the directory of the working directories of hosts that are there
@@ -73,6 +73,7 @@ class Host:
                 self._machine = subprocess.Popen(
                     [sys.executable, "-m", "deployments.tpu.emulator.machine"],
                     env={name: value for name, value in child_environment().items() if name != MARK},
+                    cwd=CHECKOUT,  # this process's own may be gone
                     stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -96,11 +97,6 @@ class Host:
                     machine.stdin.close()
                 machine.wait()
                 self._machine = None
-
-    def reboot(self, grace: float) -> None:
-        """Off and on again: the startup script runs again, as after a maintenance of the host."""
-        self.shutdown(grace)
-        self.boot()
 
     def remove(self, grace: float) -> None:
         """Off for good: its disk and its metadata server go too; its log stays."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 MARK = "PREFECT_LLAMA_EMULATED_HOST"  # environment variable: which simulated machine a process is part of
 _PROC = Path("/proc")
-_LOOK_AGAIN = 0.03  # seconds
+_LOOK_AGAIN, _LOOK_SELDOM = 0.02, 0.25  # seconds; a look costs time that processes need that save what they have
 _UNKILLABLE = 30.0  # seconds after SIGKILL
 
 
@@ -53,14 +53,16 @@ def end_processes(mark: str, root: int, grace: float) -> None:
     if grace > 0:
         _send(processes_of(mark, root), signal.SIGTERM)
         deadline = time.monotonic() + grace
+        pause = _LOOK_AGAIN
         while processes_of(mark, root) and time.monotonic() < deadline:
-            time.sleep(_LOOK_AGAIN)
+            time.sleep(min(pause, max(deadline - time.monotonic(), 0.0)))
+            pause = min(1.5 * pause, _LOOK_SELDOM)
     deadline = time.monotonic() + _UNKILLABLE
     while left := processes_of(mark, root):
         _send(left, signal.SIGKILL)
         if time.monotonic() > deadline:
             raise RuntimeError(f"processes {sorted(left)} of a simulated machine are still there {_UNKILLABLE:.0f} s after SIGKILL")
-        time.sleep(_LOOK_AGAIN / 3)
+        time.sleep(_LOOK_AGAIN)
 
 
 def _environment(entry: Path) -> list[bytes]:

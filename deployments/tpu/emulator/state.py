@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 
 from deployments.tpu.emulator.node import Node, on_all
 from deployments.tpu.emulator.queued_request import Initiator, QueuedRequest, State
 from deployments.tpu.emulator.refusal import not_found
+
+_LOG = logging.getLogger(__name__)
 
 
 class CloudState:
@@ -22,6 +25,7 @@ class CloudState:
     ) -> None:
         """Brings a request to a state; see `QueuedRequest.set_state`."""
         request.set_state(state, initiator, error)
+        _LOG.info("%s is %s%s", request.name, state.name, error and f": {error}")
         self.changed.notify_all()
 
     def request(self, name: str) -> QueuedRequest:
