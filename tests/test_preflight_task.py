@@ -149,7 +149,7 @@ def test_the_training_task_refuses_before_it_starts_a_trainer(tmp_path: Path, mo
     job = job_of(on_slice(), tmp_path)
     search = fill_cache(job, memory=1e5)
     assert search.best is None
-    monkeypatch.setattr(training, "run_child", lambda *_, **__: pytest.fail("a trainer was started"))
+    monkeypatch.setattr(training, "run_trainer", lambda *_, **__: pytest.fail("a trainer was started"))
     monkeypatch.setattr(training, "vocabulary_of", lambda mixture: 2048)
     step = run_steps(on_slice()).training
     mixture = Artifact(kind="mixtures", name="plays", path=str(tmp_path), fingerprint="0" * 64)
@@ -162,7 +162,7 @@ def test_the_training_task_asks_with_the_vocabulary_of_the_mixture(tmp_path: Pat
     from tasks import training
 
     asked: list[int | None] = []
-    monkeypatch.setattr(training, "check_accelerator", lambda name, model, train, tell: asked.append(model.vocab_size))
+    monkeypatch.setattr(training, "check_accelerator", lambda name, model, train, tell, pool: asked.append(model.vocab_size))
     monkeypatch.setattr(training, "vocabulary_of", lambda mixture: 4321)
     mixture = Artifact(kind="mixtures", name="plays", path=str(tmp_path), fingerprint="0" * 64)
     given = training.training_job(run_steps(on_slice()).training, tmp_path, mixture)
