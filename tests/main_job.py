@@ -28,6 +28,7 @@ class MainJob:
     """One run in a process group of its own, as a terminal starts it; standard output and error go to one file."""
 
     def __init__(self, root: Path, home: Path, *arguments: str, logs: Path | None = None, **environment: str) -> None:
+        self.root = root
         self.log = (logs or root.parent) / f"{root.name}-{time.monotonic_ns()}.log"
         variables = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "XLA_"))}
         variables |= {

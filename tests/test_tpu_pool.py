@@ -1,0 +1,230 @@
+"""A run that leaves the laptop: control flow, worker, slice of two hosts, training, export; and everything that can go wrong in between."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from model.metrics import read_json_lines
+from tests.main_job import MainJob, assert_same_outcome, checkpoint_directory
+from tests.prefect_server import Prefect, prefect_server, wait_until_healthy
+from tests.tpu_pool import Slices, on_pool, pool_template, pretrain_runs, state_names, until
+
+# Long enough for something to happen in the middle; a checkpoint about every two seconds.
+STEPS = 400
+LONG = (
+    "--train.num-train-steps",
+    str(STEPS),
+    "--train.steps-per-export",
+    "50",
+    "--train.steps-per-eval",
+    "200",
+    "--train.steps-per-sample",
+    "200",
+)
+
+
+@pytest.fixture(scope="module")
+def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
+    with prefect_server(tmp_path_factory.mktemp("prefect"), "local:process", "tpu:tpu") as prefect:
+        prefect.run("work-pool", "update", "tpu", "--base-job-template", str(pool_template(prefect)))
+        prefect.start("worker", "start", "--pool", "tpu", "--name", "first")
+        yield prefect
+
+
+@pytest.fixture(scope="module")
+def slices(prefect: Prefect) -> Slices:
+    return Slices(prefect.home)
+
+
+@pytest.fixture(scope="module")
+def finished(prefect: Prefect, tmp_path_factory: pytest.TempPathFactory) -> MainJob:
+    """An undisturbed run on the pool; nobody writes into its artifacts."""
+    place = tmp_path_factory.mktemp("finished")
+    job = on_pool(prefect, place / "root", place, *LONG)
+    job.succeed()
+    return job
+
+
+@pytest.fixture
+def root(finished: MainJob, tmp_path: Path) -> Path:
+    """The data of the finished run, without its training."""
+    for kind in ("raw", "tokenizers", "tokens", "mixtures"):
+        shutil.copytree(finished.root / kind, tmp_path / "root" / kind)
+    return tmp_path / "root"
+
+
+@pytest.fixture
+def job(prefect: Prefect, root: Path, tmp_path: Path) -> Iterator[MainJob]:
+    job = on_pool(prefect, root, tmp_path, *LONG)
+    yield job
+    if job.process.poll() is None:
+        job.kill(tree=True)
+
+
+def trained(job: MainJob, steps: int) -> None:
+    """Waits until so many steps are in the curve."""
+
+    def far_enough() -> bool:
+        assert job.process.poll() is None, job.output
+        found = [*job.root.glob("checkpoints/job-*/metrics.jsonl")]
+        rows = read_json_lines(found[0]) if found else []
+        return bool(rows) and rows[-1]["step"] >= steps
+
+    until(far_enough, f"step {steps}")
+
+
+def last_names(prefect: Prefect) -> list[str]:
+    """The states of the newest run of `pretrain`."""
+    return state_names(prefect, pretrain_runs(prefect)[-1])
+
+
+def test_a_run_on_a_slice_of_two_hosts(prefect: Prefect, slices: Slices, finished: MainJob) -> None:
+    (run,) = pretrain_runs(prefect)
+    names = state_names(prefect, run)
+    assert names[-1] == "Completed", names
+    assert "Running" in names
+    assert run["parent_task_run_id"] is not None  # shown below the training task
+    slices.gone()
+    leader, follower = (path.read_text() for path in sorted(slices.directory.glob("pl-*.log")))
+    assert "flow-run execute" in leader
+    assert "model.training_process" in follower
+    assert '"processes": 2' in follower
+
+
+def kill_worker(prefect: Prefect) -> None:
+    """kill -9 of the worker; one of the same name starts."""
+    worker = next(process for process in reversed(prefect.processes) if "worker" in process.args)
+    worker.kill()
+    worker.wait()
+    prefect.start("worker", "start", "--pool", "tpu", "--name", "first")
+
+
+DISTURBANCES: dict[str, tuple[Callable[[Slices, str], None], str | None]] = {
+    "preempted with notice": (lambda slices, name: slices.order("preempt", name=name, grace=25), "Preempted"),
+    "preempted without": (lambda slices, name: slices.order("preempt", name=name, grace=0), "Preempted"),
+    "rebooted": (lambda slices, name: slices.order("reboot", name=name, grace=0), None),
+    "a follower dies": (lambda slices, name: slices.order("kill_host", node=node_of(name), worker=1), "HostFailed"),
+    "the leader dies": (lambda slices, name: slices.order("kill_host", node=node_of(name), worker=0), "HostFailed"),
+}
+
+
+def node_of(name: str) -> str:
+    return name.replace("/queuedResources/", "/nodes/")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", DISTURBANCES)
+def test_it_goes_on_and_ends_bit_equal(prefect: Prefect, slices: Slices, finished: MainJob, job: MainJob, what: str) -> None:
+    disturb, state = DISTURBANCES[what]
+    trained(job, 120)
+    name = slices.one()
+    disturb(slices, name)
+    job.succeed()
+    names = last_names(prefect)
+    assert names[-1] == "Completed"
+    assert names.count("Running") >= 2, names
+    assert {"Preempted", "HostFailed"} & {*names} == ({state} if state else set()), names
+    assert_same_outcome(job.root, finished.root)
+    slices.gone()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["waiting", "training", "ending"])
+def test_the_worker_is_killed(prefect: Prefect, slices: Slices, finished: MainJob, job: MainJob, when: str) -> None:
+    before = len(pretrain_runs(prefect))
+    if when == "waiting":
+        slices.order("capacity", slices=0)
+        until(lambda: len(pretrain_runs(prefect)) > before and "WaitingForTPU" in last_names(prefect), "WaitingForTPU")
+        kill_worker(prefect)
+        slices.order("capacity", slices=99)
+    else:
+        trained(job, 120 if when == "training" else STEPS)
+        kill_worker(prefect)
+    job.succeed()
+    assert len(pretrain_runs(prefect)) == before + 1
+    assert "HostFailed" not in last_names(prefect)
+    assert_same_outcome(job.root, finished.root)
+    slices.gone()
+
+
+@pytest.mark.slow
+def test_the_control_flow_is_killed_and_adopts_its_run(
+    prefect: Prefect, slices: Slices, finished: MainJob, job: MainJob, tmp_path: Path
+) -> None:
+    before = len(pretrain_runs(prefect))
+    trained(job, 50)
+    job.kill(tree=True)
+    again = on_pool(prefect, job.root, tmp_path, *LONG)
+    again.succeed()
+    assert len(pretrain_runs(prefect)) == before + 1
+    assert last_names(prefect).count("Running") == 1
+    assert_same_outcome(job.root, finished.root)
+    slices.gone()
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_gives_the_slice_back(prefect: Prefect, slices: Slices, finished: MainJob, job: MainJob, tmp_path: Path) -> None:
+    trained(job, 120)
+    job.interrupt()
+    assert job.status() == 130, job.output
+    assert "run the same command again" in job.output
+    slices.gone()
+    assert last_names(prefect)[-1] == "Cancelled"
+    saved = max(int(path.name) for path in (checkpoint_directory(job.root) / "checkpoints").iterdir() if path.name.isdigit())
+    assert saved % 50, "it saved where it was, not only where it would have anyway"
+    again = on_pool(prefect, job.root, tmp_path, *LONG)
+    again.succeed()
+    assert_same_outcome(job.root, finished.root)
+
+
+@pytest.mark.slow
+def test_cancelled_while_it_waits(prefect: Prefect, slices: Slices, finished: MainJob, root: Path, tmp_path: Path) -> None:
+    before = len(pretrain_runs(prefect))
+    slices.order("capacity", slices=0)
+    job = on_pool(prefect, root, tmp_path, *LONG)
+    try:
+        until(lambda: len(pretrain_runs(prefect)) > before and "WaitingForTPU" in last_names(prefect), "WaitingForTPU")
+        run = pretrain_runs(prefect)[-1]
+        prefect.post(f"/flow_runs/{run['id']}/set_state", state={"type": "CANCELLING"})
+        began = time.monotonic()
+        until(lambda: last_names(prefect)[-1] == "Cancelled" and not slices.states(), "the end of the slice", 60)
+        print(f"cancelled within {time.monotonic() - began:.1f} s")
+        assert job.status() == 130, job.output
+    finally:
+        slices.order("capacity", slices=99)
+
+
+@pytest.mark.slow
+def test_the_prefect_server_is_away_for_a_minute(prefect: Prefect, slices: Slices, finished: MainJob, job: MainJob) -> None:
+    trained(job, 50)
+    server = prefect.processes[0]
+    os.kill(server.pid, signal.SIGKILL)
+    server.wait()
+    time.sleep(60)
+    again = prefect.start("server", "start", "--host", "127.0.0.1", "--port", prefect.api.split(":")[2].split("/")[0])
+    prefect.processes[0] = again
+    wait_until_healthy(prefect.api, again)
+    job.succeed()
+    assert_same_outcome(job.root, finished.root)
+    until(lambda: not slices.states(), "the end of the slice", 120)
+
+
+@pytest.mark.slow
+def test_no_tpu_in_any_zone(prefect: Prefect, slices: Slices, finished: MainJob, root: Path, tmp_path: Path) -> None:
+    slices.order("capacity", slices=0)
+    job = on_pool(prefect, root, tmp_path, *LONG)
+    try:
+        slices.order("fail", name=slices.one(), message="There is no more capacity in the zone")
+        assert job.status() == 1, job.output
+    finally:
+        slices.order("capacity", slices=99)
+    assert "GaveUp: Cloud TPU failed the request: There is no more capacity in the zone" in job.output
+    assert "name more zones, or another slice" in job.output
+    slices.gone()
