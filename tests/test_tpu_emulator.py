@@ -180,6 +180,8 @@ def test_two_hosts_from_the_request_to_their_deletion(clouds: Callable[..., Serv
         node = await client.get_node(name=node_of())
         assert (node.state, node.queued_resource) == (tpu_v2.Node.State.READY, queued())
         assert [one.ip_address for one in node.network_endpoints] == ["127.0.0.1"] * 2
+        created = (await client.get_queued_resource(name=queued())).create_time
+        assert created is not None and node.create_time is not None and node.create_time >= created
         for worker, attributes in enumerate(await said(client, "attributes")):
             assert attributes["agent-worker-number"] == str(worker)
             assert attributes["accelerator-type"] == TWO_HOSTS
