@@ -42,6 +42,7 @@ class Node:
         self.message.queued_resource = queued_resource
         self.message.multislice_node = self.num_slices > 1
         self.message.state = NodeState.CREATING
+        tpu_v2.Node.pb(self.message).create_time.GetCurrentTime()
         self.hosts = self._hosts(directory)
 
     def boot(self) -> None:
