@@ -57,9 +57,10 @@ def emit(event: str, **fields: Any) -> None:
     sys.stdout.flush()
 
 
-def emit_error(error: BaseException) -> None:
+def emit_error(error: BaseException, *, foreseen: bool = True) -> None:
     """The line that names the error this process ends with, and its number where the operating system refused something.
 
+    foreseen: it explains itself, and the same request would meet it again; anything else is a crash, which may not come again.
     TensorStore, which writes checkpoints, has the number of the system in its text alone.
     """
     number, message = None, str(error)
@@ -67,4 +68,4 @@ def emit_error(error: BaseException) -> None:
         number, message = error.errno, ": ".join(filter(None, (error.strerror, error.filename and str(error.filename))))
     elif os.strerror(errno.ENOSPC) in message:
         number = errno.ENOSPC
-    emit("error", message=message, type=type(error).__name__, errno=number)
+    emit("error", message=message, type=type(error).__name__, errno=number, foreseen=foreseen)

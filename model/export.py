@@ -46,9 +46,10 @@ def main(arguments: list[str]) -> int:
             cast('Literal["float32", "bfloat16"]', dtype),
         )
     except Exception as error:
-        if not isinstance(error, ValueError | OSError):
+        foreseen = isinstance(error, ValueError | OSError)
+        if not foreseen:
             traceback.print_exc()
-        emit_error(error)
+        emit_error(error, foreseen=foreseen)
         return 1
     return 0
 

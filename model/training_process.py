@@ -7,6 +7,7 @@ Exit status: 0 the last checkpoint is committed, 75 stopped by a signal after sa
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import sys
@@ -29,6 +30,7 @@ from model.train_config import SimpleTrainConfig
 from model.trainer import NonFiniteLoss, Trainer, tell
 
 COMPILED = "compiled"
+_RUNTIME_STATUS = re.compile(r"(CANCELLED|UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|DATA_LOSS|FAILED_PRECONDITION): ")
 SIMULATED = "PREFECT_LLAMA_SIMULATED_SLICE"  # set on hosts that are processes with virtual CPU devices
 
 
@@ -52,9 +54,11 @@ def main(job_file: Path) -> int:
             os._exit(status)  # their libraries would wait at exit for what does not answer
         return status
     except Exception as error:
-        if not isinstance(error, ValueError | ArithmeticError | OSError):
-            traceback.print_exc()  # nothing we foresaw: the log needs the place
-        emit_error(error)
+        # JAX hands on what broke below it, a peer that is gone say, as a ValueError with the runtime's status before it
+        foreseen = isinstance(error, ValueError | ArithmeticError | OSError) and not _RUNTIME_STATUS.match(str(error))
+        if not foreseen:
+            traceback.print_exc()  # the log needs the place
+        emit_error(error, foreseen=foreseen)
         return 1
 
 

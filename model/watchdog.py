@@ -123,4 +123,4 @@ class Watchdog:
 
 
 def _tell(message: str, step: int, seconds: float, path: Path) -> None:
-    emit("error", type="Hung", message=message, step=step, seconds=seconds, stacks=str(path))
+    emit("error", type="Hung", message=message, step=step, seconds=seconds, stacks=str(path), foreseen=False)

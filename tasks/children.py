@@ -76,7 +76,7 @@ def run_child(module: str, arguments: list[str], on_event: Callable[[dict[str, A
             raise ChildFailed(_last_words(module, process.returncode, stderr))
         if error.get("errno") in FULL | REFUSED:
             raise OSError(error["errno"], error["message"])
-        raise ChildFailed(error["message"], named=True)
+        raise ChildFailed(error["message"], named=error.get("foreseen", True))
 
 
 def _follow(process: subprocess.Popen[str], on_event: Callable[[dict[str, Any]], None]) -> dict[str, Any] | None:

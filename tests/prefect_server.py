@@ -62,8 +62,9 @@ class Prefect:
         answer.raise_for_status()
         return answer.json()
 
-    def flow_runs(self) -> list[dict[str, Any]]:
-        return self.post("/flow_runs/filter", sort="EXPECTED_START_TIME_ASC")
+    def flow_runs(self, flow: str = "train-llama") -> list[dict[str, Any]]:
+        """The runs of a flow, the newest last."""
+        return self.post("/flow_runs/filter", flows={"name": {"any_": [flow]}}, sort="EXPECTED_START_TIME_ASC")
 
     def wait_for_last_run(self, count: int) -> dict[str, Any]:
         deadline = time.monotonic() + 400

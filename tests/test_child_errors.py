@@ -55,3 +55,9 @@ def test_any_other_error_is_named_by_the_child(error: str, tmp_path: Path, monke
         child_that_says(error, tmp_path, monkeypatch)
     assert raised.value.named
     assert str(raised.value) in ("train.x=1: choose 2", "No such file: x", "checkpoint 5 is gone")
+
+
+def test_an_error_that_nobody_foresaw_is_told_and_is_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ChildFailed, match="connection reset") as raised:
+        child_that_says("RuntimeError('connection reset'), foreseen=False", tmp_path, monkeypatch)
+    assert not raised.value.named

@@ -1,4 +1,4 @@
-"""A real Prefect server and a real process worker on loopback: deploy, run, read the artifacts back through the API."""
+"""A real Prefect server and real workers on loopback: deploy, run, train on a simulated slice, read the artifacts back through the API."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 
 from deployments.bare_name import choose
 from tests.prefect_server import Prefect, prefect_server
+from tests.tpu_pool import Slices, pool_template, state_names
 
 PARAMETERS = {"num_train_steps": 6, "train_batch_size": 4, "seed": 7}
 
@@ -17,7 +18,9 @@ PARAMETERS = {"num_train_steps": 6, "train_batch_size": 4, "seed": 7}
 @pytest.fixture(scope="module")
 def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
     with prefect_server(tmp_path_factory.mktemp("prefect"), "local:process", "tpu:tpu") as prefect:
-        prefect.start("worker", "start", "--pool", "local")
+        prefect.run("work-pool", "update", "tpu", "--base-job-template", str(pool_template(prefect)))
+        for pool in ("local", "tpu"):
+            prefect.start("worker", "start", "--pool", pool)
         yield prefect
 
 
@@ -26,7 +29,7 @@ def as_flags(parameters: dict[str, Any]) -> list[str]:
 
 
 def test_deployed_runs_and_their_artifacts(prefect: Prefect) -> None:
-    prefect.run("deployment", "run", "train-llama/train-llama", *as_flags(PARAMETERS))
+    prefect.run("deployment", "run", "train-llama/tpu", *as_flags(PARAMETERS))
     first = prefect.wait_for_last_run(1)
     assert first["state"]["type"] == "COMPLETED", (prefect.home / "worker.log").read_text()[-5000:]
     artifacts = {artifact["key"]: artifact for artifact in prefect.post("/artifacts/filter") if artifact["key"]}
@@ -37,11 +40,24 @@ def test_deployed_runs_and_their_artifacts(prefect: Prefect) -> None:
     assert "tokens/plays | run | first run of this step" in artifacts["plan"]["data"]
     assert "unigram entropy" in artifacts["run-summary"]["data"]
 
-    # The bare name is the same deployment; nothing changed, so nothing runs.
+    # It trained on a slice of two hosts, which is gone.
+    (child,) = prefect.flow_runs("pretrain")
+    names = state_names(prefect, child)
+    assert names[-1] == "Completed", names
+    assert "Running" in names
+    assert child["parent_task_run_id"] is not None  # shown below the training task
+    slices = Slices(prefect.home)
+    slices.gone()
+    leader, follower = (path.read_text() for path in sorted(slices.directory.glob("pl-*.log")))
+    assert "flow-run execute" in leader
+    assert "model.training_process" in follower
+    assert '"processes": 2' in follower
+
+    # The bare name trains in the run itself. Where it trains is no part of what it is, so nothing runs.
     prefect.run("deployment", "run", "train-llama", *as_flags(PARAMETERS))
     second = prefect.wait_for_last_run(2)
     assert second["state"]["type"] == "COMPLETED"
-    assert second["deployment_id"] == first["deployment_id"]
+    assert second["deployment_id"] != first["deployment_id"]
     tasks = prefect.post("/task_runs/filter", task_runs={"flow_run_id": {"any_": [second["id"]]}})
     assert len(tasks) == 8
     assert {task["state"]["name"] for task in tasks} == {"Cached"}

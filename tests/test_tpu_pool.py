@@ -14,7 +14,9 @@ import pytest
 from model.metrics import read_json_lines
 from tests.main_job import MainJob, assert_same_outcome, checkpoint_directory
 from tests.prefect_server import Prefect, prefect_server, wait_until_healthy
-from tests.tpu_pool import Slices, on_pool, pool_template, pretrain_runs, state_names, until
+from tests.tpu_pool import Slices, on_pool, pool_template, state_names, until
+
+pytestmark = pytest.mark.slow
 
 # Long enough for something to happen in the middle; a checkpoint about every two seconds.
 STEPS = 400
@@ -82,20 +84,7 @@ def trained(job: MainJob, steps: int) -> None:
 
 def last_names(prefect: Prefect) -> list[str]:
     """The states of the newest run of `pretrain`."""
-    return state_names(prefect, pretrain_runs(prefect)[-1])
-
-
-def test_a_run_on_a_slice_of_two_hosts(prefect: Prefect, slices: Slices, finished: MainJob) -> None:
-    (run,) = pretrain_runs(prefect)
-    names = state_names(prefect, run)
-    assert names[-1] == "Completed", names
-    assert "Running" in names
-    assert run["parent_task_run_id"] is not None  # shown below the training task
-    slices.gone()
-    leader, follower = (path.read_text() for path in sorted(slices.directory.glob("pl-*.log")))
-    assert "flow-run execute" in leader
-    assert "model.training_process" in follower
-    assert '"processes": 2' in follower
+    return state_names(prefect, prefect.flow_runs("pretrain")[-1])
 
 
 def kill_worker(prefect: Prefect) -> None:
@@ -119,7 +108,6 @@ def node_of(name: str) -> str:
     return name.replace("/queuedResources/", "/nodes/")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("what", DISTURBANCES)
 def test_it_goes_on_and_ends_bit_equal(prefect: Prefect, slices: Slices, finished: MainJob, job: MainJob, what: str) -> None:
     disturb, state = DISTURBANCES[what]
@@ -135,41 +123,38 @@ def test_it_goes_on_and_ends_bit_equal(prefect: Prefect, slices: Slices, finishe
     slices.gone()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("when", ["waiting", "training", "ending"])
 def test_the_worker_is_killed(prefect: Prefect, slices: Slices, finished: MainJob, job: MainJob, when: str) -> None:
-    before = len(pretrain_runs(prefect))
+    before = len(prefect.flow_runs("pretrain"))
     if when == "waiting":
         slices.order("capacity", slices=0)
-        until(lambda: len(pretrain_runs(prefect)) > before and "WaitingForTPU" in last_names(prefect), "WaitingForTPU")
+        until(lambda: len(prefect.flow_runs("pretrain")) > before and "WaitingForTPU" in last_names(prefect), "WaitingForTPU")
         kill_worker(prefect)
         slices.order("capacity", slices=99)
     else:
         trained(job, 120 if when == "training" else STEPS)
         kill_worker(prefect)
     job.succeed()
-    assert len(pretrain_runs(prefect)) == before + 1
+    assert len(prefect.flow_runs("pretrain")) == before + 1
     assert "HostFailed" not in last_names(prefect)
     assert_same_outcome(job.root, finished.root)
     slices.gone()
 
 
-@pytest.mark.slow
 def test_the_control_flow_is_killed_and_adopts_its_run(
     prefect: Prefect, slices: Slices, finished: MainJob, job: MainJob, tmp_path: Path
 ) -> None:
-    before = len(pretrain_runs(prefect))
+    before = len(prefect.flow_runs("pretrain"))
     trained(job, 50)
     job.kill(tree=True)
     again = on_pool(prefect, job.root, tmp_path, *LONG)
     again.succeed()
-    assert len(pretrain_runs(prefect)) == before + 1
+    assert len(prefect.flow_runs("pretrain")) == before + 1
     assert last_names(prefect).count("Running") == 1
     assert_same_outcome(job.root, finished.root)
     slices.gone()
 
 
-@pytest.mark.slow
 def test_ctrl_c_saves_and_gives_the_slice_back(prefect: Prefect, slices: Slices, finished: MainJob, job: MainJob, tmp_path: Path) -> None:
     trained(job, 120)
     job.interrupt()
@@ -184,14 +169,13 @@ def test_ctrl_c_saves_and_gives_the_slice_back(prefect: Prefect, slices: Slices,
     assert_same_outcome(job.root, finished.root)
 
 
-@pytest.mark.slow
 def test_cancelled_while_it_waits(prefect: Prefect, slices: Slices, finished: MainJob, root: Path, tmp_path: Path) -> None:
-    before = len(pretrain_runs(prefect))
+    before = len(prefect.flow_runs("pretrain"))
     slices.order("capacity", slices=0)
     job = on_pool(prefect, root, tmp_path, *LONG)
     try:
-        until(lambda: len(pretrain_runs(prefect)) > before and "WaitingForTPU" in last_names(prefect), "WaitingForTPU")
-        run = pretrain_runs(prefect)[-1]
+        until(lambda: len(prefect.flow_runs("pretrain")) > before and "WaitingForTPU" in last_names(prefect), "WaitingForTPU")
+        run = prefect.flow_runs("pretrain")[-1]
         prefect.post(f"/flow_runs/{run['id']}/set_state", state={"type": "CANCELLING"})
         began = time.monotonic()
         until(lambda: last_names(prefect)[-1] == "Cancelled" and not slices.states(), "the end of the slice", 60)
@@ -201,7 +185,6 @@ def test_cancelled_while_it_waits(prefect: Prefect, slices: Slices, finished: Ma
         slices.order("capacity", slices=99)
 
 
-@pytest.mark.slow
 def test_the_prefect_server_is_away_for_a_minute(prefect: Prefect, slices: Slices, finished: MainJob, job: MainJob) -> None:
     trained(job, 50)
     server = prefect.processes[0]
@@ -216,7 +199,6 @@ def test_the_prefect_server_is_away_for_a_minute(prefect: Prefect, slices: Slice
     until(lambda: not slices.states(), "the end of the slice", 120)
 
 
-@pytest.mark.slow
 def test_no_tpu_in_any_zone(prefect: Prefect, slices: Slices, finished: MainJob, root: Path, tmp_path: Path) -> None:
     slices.order("capacity", slices=0)
     job = on_pool(prefect, root, tmp_path, *LONG)

@@ -77,11 +77,6 @@ def on_pool(prefect: Prefect, root: Path, logs: Path, *arguments: str) -> MainJo
     return MainJob(root, prefect.home, "--pool", "tpu", *arguments, logs=logs, **environment)
 
 
-def pretrain_runs(prefect: Prefect) -> list[dict[str, Any]]:
-    """The flow runs of `pretrain`, the newest last."""
-    return prefect.post("/flow_runs/filter", flows={"name": {"any_": ["pretrain"]}}, sort="EXPECTED_START_TIME_ASC")
-
-
 def state_names(prefect: Prefect, run: dict[str, Any]) -> list[str]:
     """Every state that a run ever had, in order."""
     states = httpx.get(f"{prefect.api}/flow_run_states/", params={"flow_run_id": run["id"]}, timeout=30).json()

@@ -71,7 +71,7 @@ class CloudTpu:
         request = {
             "parent": parent,
             "queued_resource_id": name,
-            "queued_resource": _queued_resource(configuration, parent, name, labels, metadata),
+            "queued_resource": queued_resource(configuration, parent, name, labels, metadata),
         }
         with suppress(exceptions.AlreadyExists):  # an earlier call came through and its answer did not
             await self._call(lambda: self._client.create_queued_resource(request, timeout=CALL_SECONDS), parent)
@@ -160,9 +160,10 @@ class CloudTpu:
             raise Refused(f"Cloud TPU refuses the request at {what}: {error.message}") from None
 
 
-def _queued_resource(
+def queued_resource(
     configuration: TPUJobConfiguration, parent: str, name: str, labels: dict[str, str], metadata: dict[str, str]
 ) -> dict[str, Any]:
+    """The request as Cloud TPU takes it: one node, or a node for each slice, from spot capacity, on demand, or a reservation."""
     node: dict[str, Any] = {
         "accelerator_type": configuration.accelerator_type,
         "runtime_version": configuration.runtime,

@@ -16,6 +16,7 @@ from uuid import UUID
 import anyio
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType, WorkPoolFilter, WorkPoolFilterName
 from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import Abort, ObjectNotFound
 from prefect.states import Crashed, Pending, Scheduled
 from prefect.utilities.engine import propose_state
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from deployments.tpu.worker import TPUWorker
 
 LIVE = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
+ENDED = [state for state in StateType if state not in LIVE]
+PAGE = 200  # runs that the server sends at once
 SUBMIT_SECONDS = 60.0  # for a worker to put its name on a run that it has taken
 RETRY_DELAY = datetime.timedelta(seconds=1)
 
@@ -50,7 +53,7 @@ class Reconciler:
         self._worker = worker
         self._halted: dict[str, float] = {}
         self._missing: dict[UUID, int] = {}
-        self._places: set[str] = set()  # where a run of ours ever was
+        self._places: set[str] | None = None  # where runs of the pool were; None before the first look
 
     async def run_forever(self) -> None:
         """Looks every `poll_seconds` until the worker ends. An error of one look is told, and the next one comes."""
@@ -70,26 +73,31 @@ class Reconciler:
         if worker._work_pool is None:  # pyright: ignore[reportPrivateUsage]  (the server has not answered yet)
             return 1.0
         defaults = form_defaults(worker.work_pool.base_job_template)
+        live = await self._runs(LIVE)
+        if self._places is None:
+            # a run may have ended while no worker looked, and its slice still be there
+            self._places = {place_of(run) for run in await self._runs(ENDED, most=PAGE)}
         if defaults.get("provider") == "cloud":
             self._places |= {f"projects/{defaults.get('project')}/locations/{zone}" for zone in defaults.get("zones") or ()}
-        self._places |= {
-            run.infrastructure_pid.rpartition("/queuedResources/")[0] for run in await self._live_runs() if run.infrastructure_pid
-        }
+        self._places |= {place_of(run) for run in live}
         found = await self._slices(self._places - {""})
         for each in found.slices.values():
             await self._settle(each, found)
-        for run in await self._live_runs():
+        for run in await self._runs(LIVE):
             await self._look_for_lost(run, found)
         return float(defaults.get("poll_seconds") or 2.0)
 
-    async def _live_runs(self) -> list[FlowRun]:
+    async def _runs(self, types: list[StateType], *, most: int | None = None) -> list[FlowRun]:
+        """Flow runs of the pool in these states, those expected last first; all of them, or `most`."""
         pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[self._worker.work_pool.name]))
-        wanted = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=LIVE)))
+        wanted = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=types)))
         found: list[FlowRun] = []
         while True:
-            page = await self._worker.client.read_flow_runs(work_pool_filter=pool, flow_run_filter=wanted, limit=200, offset=len(found))
+            page = await self._worker.client.read_flow_runs(
+                work_pool_filter=pool, flow_run_filter=wanted, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=PAGE, offset=len(found)
+            )
             found += page
-            if len(page) < 200:
+            if len(page) < PAGE or (most is not None and len(found) >= most):
                 return found
 
     async def _slices(self, places: set[str]) -> _Found:
@@ -124,7 +132,7 @@ class Reconciler:
 
     async def _look_for_lost(self, run: FlowRun, found: _Found) -> None:
         """A run whose slice is gone, and one that a worker took and never asked a slice for."""
-        place, _, _ = (run.infrastructure_pid or "").rpartition("/queuedResources/")
+        place = place_of(run)
         states = await self._worker.client.read_flow_run_states(run.id)
         mine = any((name := SliceName.parse(slice_name)) is not None and name.flow_run == run.id for slice_name in found.slices)
         if mine or (place and place not in found.places):
@@ -222,6 +230,11 @@ def form_defaults(template: dict[str, Any]) -> dict[str, Any]:
     """The work pool's own values of the form; a deployment may complete what is open here."""
     properties = template.get("variables", {}).get("properties", {})
     return {name: field.get("default") for name, field in properties.items()}
+
+
+def place_of(run: FlowRun) -> str:
+    """`projects/P/locations/Z` of the slice that is written down for a run; empty where there is none."""
+    return (run.infrastructure_pid or "").rpartition("/queuedResources/")[0]
 
 
 def run_seen(run: FlowRun, states: list[State], newest_slice: str) -> RunSeen:

@@ -1,0 +1,191 @@
+"""What every host of a slice does at boot: its place in the run, its command, its secrets, its report; against a metadata server."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+
+from deployments.tpu import host_agent
+from deployments.tpu.emulator.metadata import MetadataServer
+from deployments.tpu.host_agent import Metadata, Place, command_line
+from deployments.tpu.request import AGENT
+
+TPU_ENV = "ACCELERATOR_TYPE: 'v4-16'\nWORKER_ID: '1'"
+MULTISLICE = f"{TPU_ENV}\nMEGASCALE_NUM_SLICES: '3'\nMEGASCALE_SLICE_ID: '2'\nMEGASCALE_COORDINATOR_ADDRESS: '10.0.0.9'"
+
+
+@pytest.fixture
+def attributes() -> dict[str, str]:
+    return {
+        "agent-worker-number": "1",
+        "worker-network-endpoints": "unknown:unknown:10.0.0.1,unknown:unknown:10.0.0.2",
+        "tpu-env": TPU_ENV,
+        "enable-guest-attributes": "TRUE",
+    }
+
+
+@pytest.fixture
+def server(attributes: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[MetadataServer]:
+    server = MetadataServer(lambda: attributes, project="p", zone="z")
+    monkeypatch.setenv("GCE_METADATA_HOST", server.address)
+    yield server
+    server.close()
+
+
+def launch(command: str, **changed: Any) -> dict[str, Any]:
+    told = {
+        "leader": [sys.executable, "-c", "raise SystemExit('this host is no leader')"],
+        "follower": [sys.executable, "-c", command, "{job}"],
+        "follower_job": {"name": "a job"},
+        "env": {"OWN": "value"},
+        "secrets": {},
+        "coordinator_port": 8476,
+        "directory": str(Path.cwd()),
+    }
+    return {**told, **changed}
+
+
+def said(server: MetadataServer) -> dict[str, str]:
+    return {key: value for (namespace, key), value in server.guest_attributes.items() if namespace == host_agent.NAMESPACE}
+
+
+def boot(**environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([str(AGENT)], env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_a_host_of_one_slice(server: MetadataServer) -> None:
+    place = Place(Metadata(), 8476)
+    assert (place.process, place.processes, place.coordinator) == (1, 2, "10.0.0.1:8476")
+    assert place.environment() == {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:8476", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+
+
+def test_a_host_of_the_third_slice(server: MetadataServer, attributes: dict[str, str]) -> None:
+    attributes["tpu-env"] = MULTISLICE
+    place = Place(Metadata(), 8476)
+    assert (place.process, place.processes, place.coordinator) == (5, 6, "10.0.0.9:8476")
+
+
+def test_the_only_host_needs_nobody(server: MetadataServer, attributes: dict[str, str]) -> None:
+    attributes |= {"agent-worker-number": "0", "worker-network-endpoints": "unknown:unknown:10.0.0.1"}
+    assert Place(Metadata(), 8476).environment() == {}
+
+
+def test_a_boot_runs_the_followers_command_and_reports(server: MetadataServer, attributes: dict[str, str], tmp_path: Path) -> None:
+    found = tmp_path / "found.json"
+    command = f"import json, os, sys; json.dump([json.load(open(sys.argv[1])), dict(os.environ)], open({str(found)!r}, 'w')); sys.exit(7)"
+    attributes[host_agent.LAUNCH] = json.dumps(launch(command))
+    process = boot()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 7, output
+    job, environment = json.loads(found.read_text())
+    assert job == {"name": "a job"}
+    assert environment["OWN"] == "value"
+    assert environment["JAX_PROCESS_ID"] == "1"
+    assert said(server) == {"exit_code": "7", "phase": "ended", "process": "1"}
+
+
+def test_told_to_stop_it_passes_that_on_and_says_so(server: MetadataServer, attributes: dict[str, str]) -> None:
+    saves = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); signal.pause()"
+    attributes[host_agent.LAUNCH] = json.dumps(launch(saves))
+    process = boot()
+    deadline = time.monotonic() + 60
+    while said(server).get("phase") != "running":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert said(server)["exit_code"] == host_agent.TERMINATED
+
+
+def test_what_an_earlier_boot_reported_is_over(server: MetadataServer, attributes: dict[str, str]) -> None:
+    Metadata().report("exit_code", "1")
+    attributes[host_agent.LAUNCH] = json.dumps(launch("import signal; signal.pause()"))
+    process = boot()
+    deadline = time.monotonic() + 60
+    while said(server).get("phase") != "running":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert said(server)["exit_code"] == ""
+    process.kill()
+    process.communicate()
+
+
+def test_without_its_orders_it_says_what_is_wrong(server: MetadataServer) -> None:
+    process = boot()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "error: HTTP Error 404" in output
+    assert said(server)["exit_code"] == "1"
+    assert "404" in said(server)["error"]
+
+
+class SecretManager(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        allowed = self.headers["Authorization"].startswith("Bearer ") and self.path == "/v1/projects/p/secrets/key/versions/latest:access"
+        self.send_response(200 if allowed else 403)
+        self.end_headers()
+        if allowed:
+            self.wfile.write(json.dumps({"payload": {"data": base64.b64encode(b"canary").decode()}}).encode())
+
+    def log_message(self, *_: Any) -> None:
+        """Says nothing."""
+
+
+@pytest.fixture
+def secret_manager() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), SecretManager)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_secrets_reach_the_command_alone(server: MetadataServer, attributes: dict[str, str], secret_manager: str, tmp_path: Path) -> None:
+    found = tmp_path / "found"
+    command = f"import os; open({str(found)!r}, 'w').write(os.environ['WANDB_API_KEY'])"
+    attributes[host_agent.LAUNCH] = json.dumps(launch(command, secrets={"WANDB_API_KEY": "projects/p/secrets/key"}))
+    output, _ = boot(SECRET_MANAGER_ADDRESS=secret_manager).communicate(timeout=60)
+    assert found.read_text() == "canary", output
+    assert "canary" not in output
+    assert "canary" not in str(server.guest_attributes)
+
+
+def test_a_secret_that_may_not_be_read_names_the_role(server: MetadataServer, attributes: dict[str, str], secret_manager: str) -> None:
+    attributes[host_agent.LAUNCH] = json.dumps(launch("pass", secrets={"HF_TOKEN": "projects/p/secrets/other"}))
+    output, _ = boot(SECRET_MANAGER_ADDRESS=secret_manager).communicate(timeout=60)
+    assert "cannot read the secret projects/p/secrets/other for HF_TOKEN (HTTP 403)" in output
+    assert "roles/secretmanager.secretAccessor" in said(server)["error"]
+
+
+def test_with_an_image_the_command_runs_in_it(server: MetadataServer, tmp_path: Path) -> None:
+    place = Place(Metadata(), 1)
+    told = launch("pass", image="host/image@sha256:1", directory=None)
+    command, _, environment = command_line(told, place, {"WANDB_API_KEY": "canary"}, tmp_path)
+    assert command[:5] == ["docker", "run", "--rm", "--privileged", "--net=host"]
+    assert "host/image@sha256:1" in command
+    assert "canary" not in " ".join(command)  # which every process of the host could read
+    listed = Path(command[command.index("--env-file") + 1])
+    assert listed.read_text() == "WANDB_API_KEY=canary\n"
+    assert listed.stat().st_mode & 0o777 == 0o600
+    assert "WANDB_API_KEY" not in environment
+
+
+def test_it_needs_the_standard_library_alone() -> None:
+    tree = ast.parse(AGENT.read_text())
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name.partition(".")[0] for name in names} <= sys.stdlib_module_names
