@@ -116,6 +116,7 @@ class Host:
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": xla_flags(os.environ.get("XLA_FLAGS", ""), self.place.devices),
             SIMULATED_SLICE: self.place.accelerator_type,
+            "TMPDIR": str(self._disk),  # what is left there goes with the host
             MARK: self._mark,
         }
 
