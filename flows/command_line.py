@@ -200,14 +200,14 @@ def _print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> N
 
 def _print_summary(summary: object) -> None:
     from model.plots import terminal_plot
-    from tasks.summary import RunSummary
+    from tasks.summary import RunSummary, four_digits
 
     assert isinstance(summary, RunSummary)
     print(terminal_plot(summary.rows(), unigram_entropy=summary.unigram_entropy))
     if held_out := summary.held_out():
         table = Table("held-out", "nats per token", "bits per byte", show_edge=False, pad_edge=False)
         for name, loss, bpb in held_out:
-            table.add_row(name, f"{loss:.4f}" if loss else "", f"{bpb:.4f}" if bpb else "")
+            table.add_row(name, four_digits(loss), four_digits(bpb))
         console.print(table)
     if summary.components:
         rows = [(name, f"{part['tokens']:,.0f}", f"{part['epochs']:.3g}") for name, part in summary.components.items()]

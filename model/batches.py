@@ -171,11 +171,11 @@ class EvalBatches:
         *,
         seq_len: int,
         batch_size: int,
-        max_batches: int | None = None,
+        max_rows: int | None = None,
         process_index: int = 0,
         process_count: int = 1,
     ) -> None:
-        """`max_batches`: the first so many only; None: all.
+        """`max_rows`: the first so many rows only, whatever the size of a batch; None: all.
 
         Raises ValueError for sizes that do not fit, StoreError for a component without validation tokens.
         """
@@ -192,11 +192,10 @@ class EvalBatches:
         self._first_row = process_index * self._rows
         # the targets are tokens 1, 2, ... of the stream, so the last window is the one that holds token num_tokens - 1
         num_windows = max((split.num_tokens + seq_len - 2) // seq_len, 1)
-        self._num_batches = (num_windows + batch_size - 1) // batch_size
-        if max_batches is not None:
-            self._num_batches = min(self._num_batches, max_batches)
+        self._num_rows = num_windows if max_rows is None else min(num_windows, max_rows)
+        self._num_batches = (self._num_rows + batch_size - 1) // batch_size
         # of the stream: all tokens that are read, the last of them as a target only
-        self._num_tokens = min(self._num_batches * batch_size * seq_len + 1, split.num_tokens)
+        self._num_tokens = min(self._num_rows * seq_len + 1, split.num_tokens)
 
     @cached_property
     def scored_tokens(self) -> int:
@@ -230,7 +229,8 @@ class EvalBatches:
         if not 0 <= index < len(self):
             raise IndexError(f"evaluation batch {index} of component {self.name!r}, which has {len(self)}")
         first = index * self._batch_size + self._first_row
-        rows = [(self._split, min(row * self.seq_len, self._split.num_tokens)) for row in range(first, first + self._rows)]
+        beyond = self._split.num_tokens  # where a row begins that has nothing
+        rows = [(self._split, row * self.seq_len if row < self._num_rows else beyond) for row in range(first, first + self._rows)]
         return cut_rows(rows, self.seq_len)
 
 

@@ -5,9 +5,9 @@ rename that makes them visible, and a resume takes the newest one whose every by
     checkpoints/<step>/progress/...   JSON: the step, the data position, what the data and model were
     checkpoints/<step>/hashes.json    size and sha256 of every file
 
-Those of multiples of `keep_every` steps stay; of the others (by the clock, on request, at a stop) the newest two. One that has
-to go is deleted only when the next is committed. On several hosts process 0 verifies and hashes; the directory is one that all
-of them see.
+Those of multiples of `keep_every` steps stay, also when a later attempt asks for other multiples; of the others (by the clock, on
+request, at a stop) the newest two. One that has to go is deleted only when the next is committed. On several hosts process 0
+verifies and hashes; the directory is one that all of them see.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from model.train_config import NEWEST_CHECKPOINTS
 # Host memory for what is being written or read at once, beside the copy of this host's part of the state that a save starts with.
 # A single array's part on one host has to fit.
 CONCURRENT_GB = 32
+
+KEPT = "kept"  # in the record: whether it was saved to stay
 
 _logger = logging.getLogger(__name__)
 
@@ -59,11 +61,18 @@ class Checkpoints:
             directory.mkdir(parents=True, exist_ok=True)
             self._set_damaged_aside()
         wait_for_all("checkpoints verified")
+        self._keep_every = keep_every
+        # Without a limit a checkpoint is kept for ever from the day it was saved, whatever the cadence is by now.
+        promised = [] if max_to_keep is not None else [step for step in steps_in(directory) if _is_promised(directory / str(step))]
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=preservation.AnyPreservationPolicy(
-                    [preservation.LatestN(NEWEST_CHECKPOINTS), preservation.EveryNSteps(keep_every, max_to_keep=max_to_keep)]
+                    [
+                        preservation.LatestN(NEWEST_CHECKPOINTS),
+                        preservation.EveryNSteps(keep_every, max_to_keep=max_to_keep),
+                        preservation.CustomSteps(promised),
+                    ]
                 ),
                 enable_async_checkpointing=True,
                 cleanup_tmp_directories=True,
@@ -115,8 +124,9 @@ class Checkpoints:
     def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
         """Starts saving in the background. Waits only for a save still under way; raises what that one failed with."""
         if step != self.latest_step():
+            record = {**progress, KEPT: step % self._keep_every == 0}
             self._manager.save(
-                step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)), force=True
+                step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(record)), force=True
             )
 
     def wait(self) -> None:
@@ -127,6 +137,13 @@ class Checkpoints:
         """Waits for the saves and lets Orbax go."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _is_promised(directory: Path) -> bool:
+    try:
+        return bool(read_progress(directory).get(KEPT))
+    except CheckpointError:  # damaged: it was not the newest, so nobody looked yet
+        return True
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:

@@ -97,6 +97,12 @@ class HfWeights:
         self.unused = sorted(self._stored.names - {name for parts in self._parts.values() for name, _ in parts})
         theirs, ours = self._stored.config.identity(), config.identity()
         changed = (name for name in ours if name not in FREE_FIELDS and theirs[name] != ours[name])
+        if heads := [name for name in ("num_heads", "num_kv_heads") if theirs[name] != ours[name]]:
+            told = ", ".join(f"model.{name} is {theirs[name]} there, {ours[name]} here" for name in heads)
+            raise ValueError(f"{directory} has weights of other heads: {told}. Give this run the model that they were made with")
+        self._other_depth = (
+            f"it has {theirs['num_layers']} layers there, {ours['num_layers']} here" if theirs["num_layers"] != ours["num_layers"] else None
+        )
         self.differences = [f"model.{name} is {theirs[name]!r} in its {CONFIG_FILE}, {ours[name]!r} here" for name in changed]
 
     def problems(self, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, str]:
@@ -104,7 +110,9 @@ class HfWeights:
         found: dict[str, str] = {}
         for leaf in leaves:
             problems = (self._stored.problem(name, tensor.shape) for name, tensor in self._parts.get(leaf, []))
-            if (problem := next(filter(None, problems), None if leaf in self._parts else "it is not stored")) is not None:
+            if self._other_depth is not None and leaf.startswith("params/layers/"):
+                found[leaf] = self._other_depth
+            elif (problem := next(filter(None, problems), None if leaf in self._parts else "it is not stored")) is not None:
                 found[leaf] = problem
         return found
 

@@ -37,6 +37,8 @@ from model.trained_model import TrainedModel
 SHORTEST_ROW = 32  # rows are padded to a power of two from here up, so that few shapes are compiled
 LOGITS_CHUNK = 128  # tokens of each row whose logits exist at once
 STOP_BLOCK = 16  # generated tokens between two looks for a stop sequence
+KNOWN_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}
+NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0, "num_return_sequences": 1}  # what changes nothing may be said
 
 Request = tuple[Any, list[int], list[int]]  # a key, the context's ids, the continuation's
 
@@ -148,10 +150,13 @@ class LmEvalModel(TemplateLM):
         return texts
 
     def _continue(self, prompts: list[list[int]], settings: dict[str, Any], seed: int) -> list[str]:
-        known = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}
         sampling = bool(settings["do_sample"])
-        if sampling and (unknown := settings.keys() - known):
-            raise ValueError(f"a task samples with {', '.join(sorted(unknown))}: only temperature and top_p are there; change the task")
+        unknown = {name: value for name, value in settings.items() if name not in KNOWN_SETTINGS and value != NEUTRAL.get(name)}
+        if unknown:
+            listed = ", ".join(f"{name}={value!r}" for name, value in sorted(unknown.items()))
+            raise ValueError(f"a task asks for {listed}: only temperature and top_p are there; change the task")
+        if settings["max_gen_toks"] == 0:
+            return [""] * len(prompts)
         temperature = float(settings.get("temperature", 0.0))
         if sampling and temperature == 0.0:
             raise ValueError(

@@ -66,6 +66,6 @@ def clip_outlying_norm(window: OutlierWindow) -> optax.GradientTransformation:
 
 
 def clip_metrics(opt_state: Any) -> dict[str, jax.Array]:
-    """`optim/clip_update/...` of the last update; nothing where updates are not clipped so."""
-    states = [part for part in opt_state if isinstance(part, ClipUpdateNormState)]
+    """`optim/clip_update/...` of the last update of a named chain; nothing where updates are not clipped so."""
+    states = [part for part in opt_state.values() if isinstance(part, ClipUpdateNormState)]
     return {f"optim/clip_update/{name}": getattr(state, name) for state in states for name in ("norm", "scale")}

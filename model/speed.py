@@ -14,7 +14,6 @@ from model.flops import chip_of, num_parameters, train_flops_per_token
 
 
 @functools.cache
-@functools.cache
 def peak_flops_per_device() -> float:
     """Peak FLOP/s of one device: the published figure of a TPU, elsewhere the best float32 matmul measured once."""
     device = jax.local_devices()[0]

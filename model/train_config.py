@@ -135,7 +135,9 @@ class SimpleTrainConfig(Config):
     )
     compiler_options: dict[str, str] = runtime({}, description="XLA options by name; `python -m model.preflight` finds those that pay.")
     steps_per_eval: int = runtime(1000, ge=1, description="Evaluate on the held-out split every so many steps, and at the end.")
-    max_eval_batches: int | None = Field(default=None, ge=1, description="Evaluate at most so many batches a component; unset means all.")
+    max_eval_batches: int | None = Field(
+        default=None, ge=1, description="Evaluate at most so many times the rows of a training batch, of each component; unset: all."
+    )
     steps_per_export: int = runtime(10_000, ge=1, description="Keep a checkpoint every so many steps, and the last one.")
     minutes_per_checkpoint: float | None = runtime(
         10.0, gt=0, description="Save this long after the last save too; of these the newest two stay. Unset: never by the clock."

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from model import partitioning
-from model.bad_steps import check_skipped_steps
+from model.bad_steps import TooManySkippedSteps, check_skipped_steps
 from model.batch_arithmetic import BatchArithmetic
 from model.batches import BatchLoader
 from model.beginning import begin
@@ -187,7 +187,11 @@ class Trainer:
         if not values.pop("finite"):
             self.metrics.sync()
             raise NonFiniteLoss(step, self._what_broke(step, values))
-        check_skipped_steps(step, values, self.job.train)
+        try:
+            check_skipped_steps(step, values, self.job.train)
+        except TooManySkippedSteps:
+            self.metrics.sync()
+            raise
         self.step = step
         speed = self.speed.step_done(step, self._loading_seconds.pop(step))
         if logged:

@@ -34,7 +34,12 @@ class ChildFailed(RuntimeError):
 
 
 class ChildStopped(RuntimeError):
-    """The child saved and stopped because it was asked to."""
+    """The child stopped because it was asked to."""
+
+    def __init__(self, message: str, *, saved: bool = False) -> None:
+        """`saved`: it said so itself, by its exit status; else it ended, or was killed, without."""
+        super().__init__(message)
+        self.saved = saved
 
 
 def run_child(module: str, arguments: list[str], on_event: Callable[[dict[str, Any]], None], *, stopped_status: int | None = None) -> None:
@@ -71,7 +76,7 @@ def run_child(module: str, arguments: list[str], on_event: Callable[[dict[str, A
         if process.returncode == 0:
             return
         if process.returncode == stopped_status or (_stopping.is_set() and error is None and process.returncode != HUNG):
-            raise ChildStopped(f"{module} was stopped")
+            raise ChildStopped(f"{module} was stopped", saved=process.returncode == stopped_status)
         if error is None:
             raise ChildFailed(_last_words(module, process.returncode, stderr))
         if error.get("errno") in FULL | REFUSED:

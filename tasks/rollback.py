@@ -8,13 +8,16 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from model.batches import BatchLoader
 from model.checkpoint_files import checkpoint_damage, steps_in
+from model.job import TrainingJob
 from model.jumps import read_skipped_data, skip_data
-from model.train_config import SimpleTrainConfig
+from model.mixture_store import MixtureStore
 from tasks.lease_store import KEY_PREFIX
 from tasks.manifests import manifest_path
 from tasks.records import StepLeases
-from tasks.training import JOB_FILE, read_job
+from tasks.trainer_child import JOB_FILE, copy_curves
+from tasks.training import read_job
 
 
 def roll_back(run: Path, *, to_step: int, skip_steps: int) -> str:
@@ -25,7 +28,9 @@ def roll_back(run: Path, *, to_step: int, skip_steps: int) -> str:
     Raises:
         ValueError: it is no run's directory, the run goes or is finished, or `to_step` is no checkpoint of it that verifies.
     """
-    run = run.expanduser().resolve()
+    # as the training itself names it: a link in the root is followed, one below it is not
+    run = run.expanduser().absolute()
+    run = run.parent.parent.resolve() / run.parent.name / run.name
     if not (run / JOB_FILE).is_file() or not (run / "checkpoints").is_dir():
         raise ValueError(f"{run} is no training run: give its directory, artifacts/checkpoints/NAME-...")
     if manifest_path(run).exists():
@@ -38,12 +43,13 @@ def roll_back(run: Path, *, to_step: int, skip_steps: int) -> str:
     if not leases.acquire_lock(key, "rollback", acquire_timeout=0):
         raise ValueError(f"{run} is being trained at this moment: stop it first (Ctrl-C), it saves before it ends")
     try:
-        return _roll_back(run, job.train, to_step, skip_steps)
+        return _roll_back(run, job, to_step, skip_steps)
     finally:
         leases.release_lock(key, "rollback")
 
 
-def _roll_back(run: Path, train: SimpleTrainConfig, to_step: int, skip_steps: int) -> str:
+def _roll_back(run: Path, job: TrainingJob, to_step: int, skip_steps: int) -> str:
+    train = job.train
     checkpoints = run / "checkpoints"
     steps = steps_in(checkpoints)
     if skip_steps < 1:
@@ -59,10 +65,29 @@ def _roll_back(run: Path, train: SimpleTrainConfig, to_step: int, skip_steps: in
             f"--to={to_step} is before step {later[0].step}, where data was left out already: going back there would leave out other data "
             f"than what was bad. Choose a checkpoint from step {max(jump.step for jump in later)} on"
         )
+    rows = train.batch_schedule.rows_before(to_step + skip_steps) - train.batch_schedule.rows_before(to_step)
+    _check_data_left(job, rows)
+    # The curve goes back first, and with it its copy, which would bring back the one that is given up.
+    copy_curves(run, to_step)
     aside = [step for step in steps if step > to_step]
     for step in aside:  # the newest first: whatever happens, the run stands at the newest that is left
         (checkpoints / str(step)).rename(checkpoints / f"rolled-back-{step}-{time.time_ns()}")
-    rows = train.batch_schedule.rows_before(to_step + skip_steps) - train.batch_schedule.rows_before(to_step)
     skip_data(run, to_step, rows, f"rolled back over {skip_steps} steps", asked_for=True)
     kept = f"; set aside as checkpoints/rolled-back-*: {', '.join(map(str, aside))}" if aside else ""
     return f"{run.name} goes on from step {to_step} and over the next {rows:,} rows when it is run again{kept}"
+
+
+def _check_data_left(job: TrainingJob, rows: int) -> None:
+    """Raises ValueError where the data would end before the run."""
+    skipped = rows + sum(jump.rows for jump in read_skipped_data(job.directory))
+    needed = job.train.batch_schedule.rows_before(job.train.num_train_steps) + skipped
+    try:
+        loader = BatchLoader(
+            MixtureStore.open(job.mixture),
+            seq_len=job.train.seq_len_for(job.model),
+            global_batch_size=job.train.train_batch_size,
+            seed=job.train.loader_seed,
+        )
+        loader.check_rows(needed)
+    except ValueError as error:
+        raise ValueError(f"--skip leaves out {rows:,} rows, and then {error}") from None

@@ -18,7 +18,7 @@ class RunSummary:
     directory: Path
     hf_directory: Path | None
     step: int
-    final: dict[str, float]
+    final: dict[str, float | str]  # what is no number is "nan" or "inf" in JSON
     samples: list[dict[str, Any]]
     unigram_entropy: float | None
     components: dict[str, dict[str, float]]
@@ -45,7 +45,7 @@ class RunSummary:
         """The lines of metrics.jsonl."""
         return read_json_lines(self.directory / "metrics.jsonl")
 
-    def held_out(self) -> list[tuple[str, float | None, float | None]]:
+    def held_out(self) -> list[tuple[str, float | str | None, float | str | None]]:
         """`(component or tag, nats per token, bits per byte)` of the last evaluation, all components together first."""
         names = [key.split("/")[1] for key in self.final if key.startswith("eval/") and key.count("/") == 2 and key.endswith("/loss")]
         together = [("all", self.final.get("eval/loss"), self.final.get("eval/bpb"))] if "eval/loss" in self.final else []
@@ -53,11 +53,11 @@ class RunSummary:
 
     def headline(self) -> str:
         """One line: the losses, with the unigram entropy beside them."""
-        parts = [f"step {self.step}", f"train loss {self.final['train/loss']:.4f}"]
+        parts = [f"step {self.step}", f"train loss {four_digits(self.final['train/loss'])}"]
         if "eval/loss" in self.final:
-            parts.append(f"held-out loss {self.final['eval/loss']:.4f}")
+            parts.append(f"held-out loss {four_digits(self.final['eval/loss'])}")
         if "eval/bpb" in self.final:
-            parts.append(f"{self.final['eval/bpb']:.4f} bits per byte")
+            parts.append(f"{four_digits(self.final['eval/bpb'])} bits per byte")
         if self.unigram_entropy is not None:
             parts.append(f"unigram entropy of the text {self.unigram_entropy:.4f}")
         return ", ".join(parts)
@@ -75,7 +75,7 @@ class RunSummary:
 
     def markdown(self) -> str:
         """The summary for the Prefect UI."""
-        held_out = "\n".join(f"| {name} | {_four(loss)} | {_four(bpb)} |" for name, loss, bpb in self.held_out())
+        held_out = "\n".join(f"| {name} | {four_digits(loss)} | {four_digits(bpb)} |" for name, loss, bpb in self.held_out())
         read = "\n".join(f"| {name} | {part['tokens']:,.0f} | {part['epochs']:.3g} |" for name, part in self.components.items())
         places = "\n".join(f"- {what}: `{path}`" for what, path in self.places())
         samples = "\n\n".join(f"> {sample['text']}".replace("\n", "\n> ") for sample in self.samples)
@@ -86,5 +86,6 @@ class RunSummary:
         )
 
 
-def _four(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+def four_digits(value: float | str | None) -> str:
+    """Four digits; what is no number stands in JSON as "nan"."""
+    return "" if value is None else f"{float(value):.4f}"

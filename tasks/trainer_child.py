@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from model.checkpoint_files import steps_in
 from model.child import STOPPED
 from model.durable import write_durably, write_json
 from model.job import TrainingJob
@@ -55,10 +56,19 @@ def run_trainer(job: TrainingJob) -> None:
     try:
         with report:
             run_child("model.training_process", [str(job_file)], on_event, stopped_status=STOPPED)
-    except ChildStopped:
-        saved = f"saved at step {report.step} of {job.train.num_train_steps}"
-        raise ChildStopped(f"training {job.name} was stopped and {saved}: run the same command again to continue") from None
+    except ChildStopped as stopped:
+        raise ChildStopped(
+            f"training {job.name} was stopped {_where(job, report, stopped.saved)}: run the same command again to continue"
+        ) from None
     write_json(job.directory / OUTCOME_FILE, outcome(job.directory, report))
+
+
+def _where(job: TrainingJob, report: TrainingReport, saved: bool) -> str:
+    if saved:
+        return f"and saved at step {report.step} of {job.train.num_train_steps}"
+    checkpoints = job.directory / "checkpoints"
+    steps = steps_in(checkpoints) if checkpoints.is_dir() else []
+    return f"before it could save; its newest checkpoint is of step {steps[0]}" if steps else "before it could save a first checkpoint"
 
 
 def outcome(directory: Path, report: TrainingReport) -> dict[str, Any]:

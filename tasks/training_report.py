@@ -63,6 +63,7 @@ class TrainingReport:
     def _on_start(self, event: dict[str, Any]) -> None:
         self.started = event
         self.step = event["start_step"]
+        self._logged_step = None  # it may have gone back
         for skipped in event["skipped_checkpoints"]:
             self._log.warning(skipped)
         if self.step:

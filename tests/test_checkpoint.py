@@ -129,7 +129,7 @@ def test_multiples_stay_and_of_the_others_the_newest_two_that_are_good(saved: Pa
     for step in (25, 26, 27):
         checkpoints.save(step, state(step, mesh), {"step": step})
     checkpoints.close()
-    assert sorted(path.name for path in saved.iterdir() if path.name.isdigit()) == ["20", "26", "27"]
+    assert sorted(path.name for path in saved.iterdir() if path.name.isdigit()) == ["10", "20", "26", "27"]
 
 
 def test_single_arrays_by_name(saved: Path) -> None:
@@ -151,3 +151,18 @@ def test_the_checkpoint_that_a_path_names(saved: Path, tmp_path: Path) -> None:
     for nothing in (tmp_path / "nowhere", tmp_path / "30"):
         with pytest.raises(CheckpointError, match="is no checkpoint and holds none: give a run's directory"):
             find_checkpoint(nothing)
+
+
+def test_what_was_saved_to_stay_stays_under_another_cadence(tmp_path: Path) -> None:
+    mesh = partitioning.make_mesh(devices=jax.devices()[:1])
+
+    def save(every: int, *steps: int, most: int | None = None) -> list[int]:
+        checkpoints = Checkpoints(tmp_path / "checkpoints", keep_every=every, max_to_keep=most)
+        for step in steps:
+            checkpoints.save(step, state(step, mesh), {"step": step})
+        checkpoints.close()
+        return sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+
+    assert save(2, 2, 4, 5, 6, 7) == [2, 4, 6, 7]
+    assert save(8, 8, 11, 13, 16) == [2, 4, 6, 8, 13, 16]
+    assert save(8, 24, most=2) == [16, 24]  # asked for few, it keeps few

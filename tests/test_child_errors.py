@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tasks.children import ChildFailed, run_child
+from model.job import TrainingJob
+from tasks.children import ChildFailed, ChildStopped, run_child
+from tests.training_processes import write_job
 
 MODULE = """
 import sys
@@ -61,3 +64,46 @@ def test_an_error_that_nobody_foresaw_is_told_and_is_a_crash(tmp_path: Path, mon
     with pytest.raises(ChildFailed, match="connection reset") as raised:
         child_that_says("RuntimeError('connection reset'), foreseen=False", tmp_path, monkeypatch)
     assert not raised.value.named
+
+
+@pytest.mark.parametrize(
+    ("saved", "steps", "words"),
+    [
+        (True, [5], "was stopped and saved at step 7 of 30: run the same"),
+        (False, [4, 6], "was stopped before it could save; its newest checkpoint is of step 6: run the same"),
+        (False, [], "was stopped before it could save a first checkpoint: run the same"),
+    ],
+)
+def test_what_a_stop_left_is_said_as_it_is(
+    saved: bool, steps: list[int], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tasks import trainer_child
+
+    job = TrainingJob.model_validate_json(write_job(tmp_path, tmp_path, num_train_steps=30).read_text())
+    for step in steps:
+        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
+
+    def stopped(module: str, arguments: list[str], on_event: Any, **_: Any) -> None:
+        on_event({"event": "progress", "step": 7, "loss": 1.0, "tokens_per_second": 1.0, "seconds_left": 1.0})
+        raise ChildStopped("", saved=saved)
+
+    monkeypatch.setattr(trainer_child, "run_child", stopped)
+    monkeypatch.setattr(trainer_child, "TrainingReport", Report)
+    with pytest.raises(ChildStopped, match=words):
+        trainer_child.run_trainer(job)
+
+
+class Report:
+    """Knows the last step alone."""
+
+    def __init__(self, job: TrainingJob) -> None:
+        self.step = 0
+
+    def __enter__(self) -> Report:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing was shown."""
+
+    def on_event(self, event: dict[str, Any]) -> None:
+        self.step = event["step"]

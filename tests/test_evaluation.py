@@ -118,13 +118,24 @@ def test_tags_reach_the_evaluation(components: list[EvalBatches]) -> None:
     assert metrics["eval/all/macro_loss"] == metrics["eval/macro_loss"]
 
 
+def test_what_a_cut_dataset_scores_does_not_depend_on_the_size_of_a_batch() -> None:
+    run = trained_run()
+    scored: list[list[int]] = []
+    for batch_size in (1, 3, 4, 16):
+        batches = EvalBatches(run.mixture, "web", seq_len=SEQ_LEN, batch_size=batch_size, max_rows=7)
+        scored.append([token for batch in batches for token in batch["targets"][batch["loss_weights"] > 0].tolist()])
+        assert batches.scored_tokens == len(scored[-1])
+    assert 0 < len(scored[0]) <= 7 * SEQ_LEN
+    assert all(one == scored[0] for one in scored)
+
+
 @pytest.mark.parametrize("cut", ["batches", "answers", "no BOS"])
 def test_of_a_part_of_the_text_the_bytes_are_those_of_the_scored_tokens(tmp_path: Path, cut: str) -> None:
     bos_id = None if cut == "no BOS" else 1
     mixture = write_mixture(tmp_path, {"a": 0.5, "b": 0.5}, vocab_size=259, bos_id=bos_id, masked=("a",) if cut == "answers" else ())
     (Path(mixture.path) / "tokenizer").mkdir()
     Vocabulary.open_bytes().write(Path(mixture.path) / "tokenizer")
-    asked: dict[str, Any] = {"seq_len": SEQ_LEN, "batch_size": 4, "max_batches": 2 if cut == "batches" else None}
+    asked: dict[str, Any] = {"seq_len": SEQ_LEN, "batch_size": 4, "max_rows": 7 if cut == "batches" else None}
     opened = MixtureStore.open(mixture)
     # each of several processes counts the rows of all
     a, b = [EvalBatches(opened, name, **asked, process_index=1, process_count=2) for name in "ab"]
@@ -154,7 +165,7 @@ def test_the_bytes_of_the_first_documents_are_those_of_their_text() -> None:
     texts = [line for line in run.lines if split_of(line, 0.2) == "validation"]
     starts = split.document_starts(0, split.num_tokens).tolist()
     for documents in (1, 2, 7, len(starts) - 1):
-        part = EvalBatches(run.mixture, "web", seq_len=starts[documents], batch_size=1, max_batches=1)
+        part = EvalBatches(run.mixture, "web", seq_len=starts[documents], batch_size=1, max_rows=1)
         # SentencePiece's space before each document is no byte of it
         assert part.bytes == sum(len(text.encode()) for text in texts[:documents])
         assert part.scored_tokens == starts[documents] - documents

@@ -166,3 +166,10 @@ def test_rows_beyond_the_tokenizer_are_never_given(params: dict, temperature: fl
     held = generate(padded, CONFIG, PROMPTS, max_new_tokens=12, temperature=temperature, seed=0, num_ids=40)
     assert any(token >= 40 for row in free for token in row)
     assert all(token < 40 for row in held for token in row)
+
+
+@pytest.mark.parametrize("backend", ["flash", "plain"])
+def test_a_backend_forced_for_training_does_not_decide_over_prompts(params: dict, backend: str) -> None:
+    forced = CONFIG.model_copy(update={"attn_backend": backend})
+    generated = generate(params, forced, PROMPTS, max_new_tokens=4, temperature=0.0, seed=0)
+    assert generated == [greedy_by_forward(params, prompt, 4) for prompt in PROMPTS]

@@ -119,12 +119,19 @@ def test_generation_ends_at_a_stop_sequence(model: TrainedModel) -> None:
     )
     assert len(set(samples)) == 6  # of one prompt, in three batches
     for settings, words in (
-        ({"top_k": 3, "temperature": 1.0, "do_sample": True}, "samples with top_k"),
+        ({"top_k": 3, "temperature": 1.0, "do_sample": True}, "asks for top_k=3: only"),
         ({"max_gen_toks": 64}, "=64 of a"),
+        ({"num_beams": 4, "max_gen_toks": 4}, "asks for num_beams=4: only"),
+        ({"repetition_penalty": 2.0, "max_gen_toks": 4}, "asks for repetition_penalty=2.0: only"),
         ({"do_sample": True}, "without a temperature above 0"),
     ):
         with pytest.raises(ValueError, match=words):
             adapter.generate_until(instances("generate_until", [("a", settings)]))
+    neutral = {"until": [], "num_beams": 1, "repetition_penalty": 1.0}
+    asked = [("a", {**neutral, "max_gen_toks": 0}), ("a", {**neutral, "max_gen_toks": 2})]
+    nothing, something = adapter.generate_until(instances("generate_until", asked))
+    assert nothing == ""
+    assert something
 
 
 @pytest.mark.slow

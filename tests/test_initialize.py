@@ -157,6 +157,8 @@ def test_a_model_that_differs_without_another_shape_is_told_and_one_of_other_hea
     assert any(note.startswith("model.rope was {") for note in notes)
     with pytest.raises(ValueError, match=r"weights of other heads: model\.num_heads was 4, is 8; model\.num_kv_heads was 2, is 4"):
         begun(saved, of=model(num_heads=8, num_kv_heads=4))
+    with pytest.raises(ValueError, match=r"weights of other heads: model\.num_kv_heads was 2, is 4"):
+        begun(saved, of=model(num_kv_heads=4))
 
 
 def test_a_run_that_ends_before_it_begins_is_refused(saved: Path) -> None:
@@ -210,6 +212,10 @@ def test_what_a_hugging_face_directory_says_otherwise_is_told(exported: Path) ->
     assert "model.rope is {'type': 'default', 'theta': 10000.0" in notes[1]
     with pytest.raises(ValueError, match=r"params/layers/q_norm \(missing tensor model.layers.0.self_attn.q_norm.weight\)"):
         begin(model(qk_norm=True), train(initialize_from_hf=str(exported)))
+    with pytest.raises(ValueError, match=r"weights of other heads: model\.num_heads is 4 there, 2 here"):
+        begin(model(num_heads=2, num_kv_heads=2, head_dim=8), train(initialize_from_hf=str(exported)))
+    with pytest.raises(ValueError, match=r"params/layers/\w+ \(it has \d layers there, 1 here\)"):
+        begin(model(num_layers=1), train(initialize_from_hf=str(exported)))
 
 
 def test_the_plan_pins_the_checkpoint_and_identifies_it_by_content(saved: Path, exported: Path, tmp_path: Path) -> None:

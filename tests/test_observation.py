@@ -174,3 +174,22 @@ def test_without_a_terminal_every_logged_step_is_a_line(monkeypatch: pytest.Monk
 
 def test_lines_are_a_second_apart_and_the_last_step_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert log_lines(monkeypatch, [100.0 + 0.125 * i for i in range(21)], every=1) == [1, 9, 17, 21]
+
+
+def test_after_going_back_the_steps_have_lines_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tasks import training_report
+
+    lines: list[int] = []
+    logger = SimpleNamespace(info=lambda text, *values: lines.append(values[0]) if text.startswith("step") else None, warning=print)
+    clock = itertools.count(100, 2)
+    monkeypatch.setattr(training_report, "get_run_logger", lambda: logger)
+    monkeypatch.setattr(training_report.time, "monotonic", lambda: next(clock))
+    job: Any = SimpleNamespace(train=SimpleNamespace(num_train_steps=99, steps_per_log=5), name="run")
+    report = training_report.TrainingReport(job)
+    start = {"event": "start", "start_step": 0, "skipped_checkpoints": [], "notes": [], "skipped_rows": 0, "mesh": {}, "num_parameters": 1}
+    start |= {"device_kind": "cpu", "microbatches": 1, "decayed": [], "planned": {}, "held_out": ["a"]}
+    for first in (0, 5):
+        report.on_event({**start, "start_step": first})
+        for step in range(first + 1, 21):
+            report.on_event({"event": "progress", "step": step, "loss": 1.0, "tokens_per_second": 1.0, "seconds_left": 1.0})
+    assert lines == [1, 5, 10, 15, 20, 6, 10, 15, 20]

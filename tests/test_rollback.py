@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from model.batches import BatchLoader
 from model.checkpoint_files import steps_in, write_hashes
 from model.data_position import DataPosition
 from model.job import TrainingJob
@@ -20,6 +21,7 @@ from model.trainer import NonFiniteLoss
 from model.training_process import train
 from tasks.leases import LeaseLockManager
 from tasks.rollback import roll_back
+from tasks.trainer_child import copy_curves, restore_curves
 from tests.training_processes import make_mixture, write_job
 
 
@@ -111,7 +113,12 @@ def test_a_person_takes_it_back_and_past_the_data_that_spoiled_it(mixture: Path,
 
     run = tmp_path / "run"
     train(job(run, mixture), NoSignals(), 0.0)  # pyright: ignore[reportArgumentType]
+    copy_curves(run, 12)
     said = roll_back(run, to_step=4, skip_steps=2)
+    restore_curves(run)  # nothing brings the curve back that was given up
+    assert max(row["step"] for row in read_json_lines(run / "metrics.jsonl") if row["step"] <= 4) == 4
+    copied = json.loads((run / ".curves.json").read_text())["curves"]["metrics.jsonl"]
+    assert max(json.loads(line)["step"] for line in copied.splitlines()) == 4
     assert said == "run goes on from step 4 and over the next 16 rows when it is run again; set aside as checkpoints/rolled-back-*: 12, 8"
     assert steps_in(run / "checkpoints") == [4]
     assert num_rollbacks(run) == 0  # none of those that the run may do itself
@@ -145,7 +152,55 @@ def test_what_cannot_be_taken_back_is_refused(mixture: Path, tmp_path: Path) -> 
         with pytest.raises(ValueError, match=r"is being trained at this moment: stop it first"):
             roll_back(run, to_step=8, skip_steps=2)
         flow.submit(leases.release_lock, key, "a trainer").result()
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "checkpoints").symlink_to(tmp_path, target_is_directory=True)
+    linked = tmp_path / "root" / "checkpoints" / "run"
+    with ThreadPoolExecutor(1) as flow:  # which names the run as the root and what it writes below it
+        assert flow.submit(leases.acquire_lock, f"artifact:{linked}@{told.fingerprint}", "a trainer").result()
+        with pytest.raises(ValueError, match=r"is being trained at this moment"):
+            roll_back(linked, to_step=8, skip_steps=2)
+        flow.submit(leases.release_lock, f"artifact:{linked}@{told.fingerprint}", "a trainer").result()
     (run / "manifest.json").write_text("{}")
     with pytest.raises(ValueError, match=r"is finished: start another run from one of its checkpoints"):
         roll_back(run, to_step=8, skip_steps=2)
     assert steps_in(run / "checkpoints") == [8, 4]
+
+
+def test_going_back_past_the_end_of_the_data_is_refused_before_anything_changes(tmp_path: Path) -> None:
+    ends = make_mixture(tmp_path / "data")
+    content = json.loads((ends / "mixture.json").read_text())
+    for component in content["components"]:
+        component["max_epochs"] = 1
+    (ends / "mixture.json").write_text(json.dumps(content))
+    last = BatchLoader(ends, seq_len=32, global_batch_size=8, seed=0).num_steps
+    assert last is not None
+    run = tmp_path / "run"
+    path = write_job(run, ends, train_batch_size=8, num_train_steps=last, steps_per_export=4)
+    told = TrainingJob.model_validate_json(path.read_text())
+    (run / "checkpoints" / "4").mkdir(parents=True)
+    (run / "checkpoints" / "4" / "state").write_text("weights")
+    (run / "checkpoints" / "8").mkdir()
+    write_hashes(run / "checkpoints" / "4")
+    with pytest.raises(ValueError, match=r"--skip leaves out 16 rows, and then rows up to \d+ were asked for, but the mixture"):
+        roll_back(run, to_step=4, skip_steps=2)
+    assert (run / "checkpoints" / "8").is_dir()
+    assert read_skipped_data(run) == ()
+    assert told.train.num_train_steps == last
+
+
+def test_skipped_steps_are_counted_in_rows_of_their_own_sizes(mixture: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    write_job(run, mixture, train_batch_size=[{"start": 0, "value": 4}, {"start": 5, "value": 8}], num_train_steps=20)
+    (run / "checkpoints" / "4").mkdir(parents=True)
+    (run / "checkpoints" / "4" / "state").write_text("weights")
+    write_hashes(run / "checkpoints" / "4")
+    roll_back(run, to_step=4, skip_steps=3)
+    assert read_skipped_data(run) == (Jump(4, 4 + 8 + 8),)
+
+
+def test_a_file_of_skipped_data_that_was_edited_is_refused(mixture: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(job(run, mixture), NoSignals(), 0.0)  # pyright: ignore[reportArgumentType]
+    skip_data(run, 4, 8, "by hand")  # of steps that were trained already
+    with pytest.raises(ValueError, match=r"skipped-data\.json"):
+        train(job(run, mixture), NoSignals(), 0.0)  # pyright: ignore[reportArgumentType]

@@ -86,7 +86,7 @@ def test_long_updates_are_shortened_to_the_threshold() -> None:
     np.testing.assert_allclose(updates["w"], np.array([0.6, 0.8]) * threshold, rtol=1e-5)
     assert isinstance(state, ClipUpdateNormState)
     np.testing.assert_allclose(state.recent.values_N, [1, 3, 2, threshold], rtol=1e-5)
-    metrics = clip_metrics((optax.EmptyState(), state))
+    metrics = clip_metrics({"adamw": optax.EmptyState(), "clip_update_norm": state})
     assert float(metrics["optim/clip_update/norm"]) == pytest.approx(100)
     assert float(metrics["optim/clip_update/scale"]) == pytest.approx(threshold / 100, rel=1e-5)
 

@@ -252,3 +252,23 @@ def test_asked_to_stop_at_any_moment_it_saves_the_step_it_stops_at(mixture: Path
     assert not trainer.run()
     assert asked_after <= trainer.step <= asked_after + 2
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [str(trainer.step)]
+
+
+def test_held_out_loss_is_that_of_the_averaged_weights(mixture: Path, tmp_path: Path) -> None:
+    """An average that hardly moves has the loss of the first weights, whatever the weights themselves have learnt."""
+
+    def held_out(name: str, **changes: Any) -> list[float]:
+        job = write_job(tmp_path / name, mixture, num_train_steps=12, steps_per_eval=4, steps_per_export=12, learning_rate=0.05, **changes)
+        finish(start(job))
+        return [row["eval/loss"] for row in read_json_lines(tmp_path / name / "metrics.jsonl") if "eval/loss" in row]
+
+    plain, averaged = held_out("plain"), held_out("averaged", ema_beta=0.99999)
+    assert plain[0] - plain[-1] > 0.02
+    assert max(averaged) - min(averaged) < 0.001
+
+
+def test_clipped_updates_are_in_the_log(mixture: Path, tmp_path: Path) -> None:
+    finish(start(write_job(tmp_path, mixture, num_train_steps=2, steps_per_export=2, clip_update_norm=True)))
+    row = read_json_lines(tmp_path / "metrics.jsonl")[-1]
+    assert row["optim/clip_update/norm"] > 0
+    assert 0 < row["optim/clip_update/scale"] <= 1
