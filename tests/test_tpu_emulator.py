@@ -62,7 +62,7 @@ def test_two_hosts_from_the_request_to_their_deletion(clouds: Callable[..., Serv
             assert environment["XLA_FLAGS"] == "--xla_cpu_enable_fast_math=false --xla_force_host_platform_device_count=4"
             assert (environment["JAX_PLATFORMS"], environment["PREFECT_LLAMA_SIMULATED_SLICE"]) == ("cpu", TWO_HOSTS)
             assert set(environment) <= {
-                "PATH", "HOME", "PWD", "GCE_METADATA_HOST", "GCE_METADATA_IP", "JAX_PLATFORMS", "XLA_FLAGS", "LC_CTYPE",
+                "PATH", "HOME", "PWD", "GCE_METADATA_HOST", "GCE_METADATA_IP", "JAX_PLATFORMS", "XLA_FLAGS", "LC_CTYPE", "TMPDIR",
                 "PREFECT_LLAMA_SIMULATED_SLICE", "PREFECT_LLAMA_EMULATED_HOST",
             }  # fmt: skip
         running = await processes(client)
