@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 CALL_SECONDS = 60.0
+FIRST_PAUSE_SECONDS = 1.0
 PATIENCE_SECONDS = 600.0  # for what may pass: quota of requests per minute, an overloaded service
 LOST = {"PREEMPTED", "TERMINATED", "STOPPED", "HIDDEN"}  # states of a node that does not come back
 
@@ -148,7 +149,7 @@ class CloudTpu:
             ConnectionError,
         )
         try:
-            return await AsyncRetry(predicate=passing, initial=1.0, maximum=30.0, timeout=PATIENCE_SECONDS)(call)()  # pyright: ignore[reportCallIssue]
+            return await AsyncRetry(predicate=passing, initial=FIRST_PAUSE_SECONDS, maximum=30.0, timeout=PATIENCE_SECONDS)(call)()  # pyright: ignore[reportCallIssue]
         except exceptions.Forbidden as error:
             raise Refused(
                 f"Cloud TPU refuses this account at {what} ({error.message}): give it the role roles/tpu.admin in that project, and "
