@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from model.batches import BatchLoader
-from model.checkpoint import Checkpoints
+from model.checkpoint import Checkpoints, named_leaves, stored_shapes
 from model.config import LlamaConfig
 from model.initialize import initialize
 from model.job import TrainingJob
@@ -42,8 +42,24 @@ def begin(job: TrainingJob, config: LlamaConfig, mesh: Mesh, checkpoints: Checkp
     progress = checkpoints.progress()
     if progress["run"] != job.fingerprint:
         raise ValueError(_another_run(checkpoints.directory, progress, job))
-    state = TrainState(*checkpoints.restore(abstract_state(config, job.train, mesh)))
+    abstract = abstract_state(config, job.train, mesh)
+    _check_stored(checkpoints, abstract, job)
+    state = TrainState(*checkpoints.restore(abstract))
     return Beginning(state, _jumps(progress, skipped, job.directory), progress["data"])
+
+
+def _check_stored(checkpoints: Checkpoints, abstract: Any, job: TrainingJob) -> None:
+    """Raises ValueError where the newest checkpoint has other arrays than this run, though it is of the same one."""
+    directory = checkpoints.directory / str(checkpoints.latest_step())
+    wanted, stored = {name: leaf.shape for name, leaf in named_leaves(abstract).items()}, stored_shapes(directory)
+    others = sorted(name for name in wanted.keys() | stored.keys() if wanted.get(name) != stored.get(name))
+    if others:
+        first = others[0]
+        raise ValueError(
+            f"{directory} has other arrays than this run, {len(others)} of them, such as {first} (there {stored.get(first, 'none')}, here "
+            f"{wanted.get(first, 'none')}): another version of the program wrote it. Use that version, train again with --force "
+            f"checkpoints/{job.name}, or start a run from its weights (train.initialize_from_checkpoint_path, train.initialize_weights_only)"
+        )
 
 
 def _jumps(progress: Mapping[str, Any], skipped: Sequence[Jump], directory: Path) -> tuple[Jump, ...]:

@@ -24,6 +24,7 @@ from model.hf_tensors import Tensor, hf_tensors
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 
 _READABLE_DTYPES = ("F64", "F32", "F16", "BF16")  # names in the safetensors header
+VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
 _FREQUENCIES = ".rotary_emb.inv_freq"  # in old exports; the configuration determines them
 # Fields that decide nothing about weights which are there already.
 FREE_FIELDS = frozenset({"seq_len", "head_dim", "vocab_size", "initializer", "initializer_range", "pad_vocab_to_multiple_of"})
@@ -61,7 +62,10 @@ class StoredTensors:
         stored = self._files[name].get_slice(name)
         if tuple(stored.get_shape()) == shape and stored.get_dtype() in _READABLE_DTYPES:
             return None
-        return f"{name} is {stored.get_dtype()} {tuple(stored.get_shape())}, {CONFIG_FILE} asks for floating point {shape}"
+        there = tuple(stored.get_shape())
+        padded = name in VOCABULARY_TENSORS and there[1:] == shape[1:] and there[0] > shape[0]
+        remedy = f": set model.vocab_size={there[0]}, which its padding is part of" if padded else ""
+        return f"{name} is {stored.get_dtype()} {there}, and floating point {shape} is needed{remedy}"
 
     def check(self, tensors: Mapping[str, Tensor]) -> None:
         """Raises ValueError unless exactly these tensors are stored, in their shapes."""

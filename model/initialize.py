@@ -148,10 +148,11 @@ def _load(
         problems |= {name: foreign for name in wanted if name.split("/")[-1] in INDEXED_BY_ID}
     real = {name: problem for name, problem in problems.items() if not name.startswith(REPLACEABLE)}
     if real and (not train.allow_partial_checkpoint or len(real) == len(wanted)):
+        optimizer = any(not name.startswith("params/") for name in real)
+        without = "and optimizer that it was made with, set train.initialize_weights_only to begin without its optimizer, or "
         raise ValueError(
             f"{where} does not have all that this run needs: {_listed([f'{name} ({why})' for name, why in real.items()])}. Give this run "
-            f"the model and optimizer that it was made with, set train.initialize_weights_only to begin without its optimizer, or "
-            f"train.allow_partial_checkpoint to begin these fresh"
+            f"the model {without if optimizer else 'that it was made with, or set '}train.allow_partial_checkpoint to begin these fresh"
         )
     notes = [f"begins with {where}"]
     if real:

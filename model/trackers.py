@@ -125,7 +125,10 @@ class TrackerThread:
 
     def begin(self, rows: Sequence[dict[str, Any]], resume_step: int) -> None:
         """Starts the thread, which opens the service."""
-        self._handed = min(self._deliveries.step(self._name), resume_step)
+        delivered = self._deliveries.step(self._name)
+        self._handed = min(delivered, resume_step)
+        if self._handed < delivered:  # it went back: the rows from there on are others, and none of them was delivered
+            self._deliveries.note(self._name, self._handed)
         self._again.extend(_without_step(row) for row in rows if row["step"] > self._handed)
         self._thread.start()
 

@@ -88,6 +88,11 @@ def go_back(trainer: Trainer, error: NonFiniteLoss) -> None:
         raise error
     step = trainer.last_good_step()
     rows = trainer.data.first_row(error.step) - trainer.data.first_row(step)
+    try:
+        trainer.data.loader.check_rows(trainer.data.first_row(trainer.last_step) + rows)
+    except ValueError as over:
+        tell(f"not going back over the {rows:,} rows since step {step}: {over}")
+        raise error from None
     wait_for_all("all know how often it went back")
     if is_leader():
         skip_data(trainer.job.directory, step, rows, str(error))

@@ -13,11 +13,13 @@ from model.checkpoint_files import checkpoint_damage, steps_in
 from model.job import TrainingJob
 from model.jumps import read_skipped_data, skip_data
 from model.mixture_store import MixtureStore
-from tasks.lease_store import KEY_PREFIX
+from tasks.lease_store import KEY_PREFIX, Owner, newest
 from tasks.manifests import manifest_path
 from tasks.records import StepLeases
 from tasks.trainer_child import JOB_FILE, copy_curves
 from tasks.training import read_job
+
+SILENCE_SECONDS = 100.0  # more than after which a lease is taken over
 
 
 def roll_back(run: Path, *, to_step: int, skip_steps: int) -> str:
@@ -40,12 +42,20 @@ def roll_back(run: Path, *, to_step: int, skip_steps: int) -> str:
         )
     job = read_job(run)
     key, leases = f"{KEY_PREFIX}{run}@{job.fingerprint}", StepLeases()
-    if not leases.acquire_lock(key, "rollback", acquire_timeout=0):
+    if not leases.acquire_lock(key, "rollback", acquire_timeout=_patience(key)):
         raise ValueError(f"{run} is being trained at this moment: stop it first (Ctrl-C), it saves before it ends")
     try:
         return _roll_back(run, job, to_step, skip_steps)
     finally:
         leases.release_lock(key, "rollback")
+
+
+def _patience(key: str) -> float:
+    """Seconds to wait for a lease: whether a process of this machine lives is known at once, of another one after its silence."""
+    lease, here = newest(key), Owner.current(0)
+    if lease is None or lease.owner is None or (lease.owner.host, lease.owner.boot) == (here.host, here.boot):
+        return 0.0
+    return SILENCE_SECONDS
 
 
 def _roll_back(run: Path, job: TrainingJob, to_step: int, skip_steps: int) -> str:

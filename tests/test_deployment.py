@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,8 @@ from deployments.bare_name import choose
 from tests.prefect_server import Prefect, prefect_server
 from tests.tpu_pool import Slices, pool_template, state_names
 
-PARAMETERS = {"num_train_steps": 6, "train_batch_size": 4, "seed": 7}
+MODEL = {"seq_len": 128, "hidden_dim": 32, "intermediate_dim": 64, "num_heads": 2, "num_kv_heads": 1, "num_layers": 2}
+PARAMETERS = {"num_train_steps": 6, "train_batch_size": 4, "seed": 7, "model": json.dumps(MODEL)}
 
 
 @pytest.fixture(scope="module")

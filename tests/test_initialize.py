@@ -214,6 +214,10 @@ def test_what_a_hugging_face_directory_says_otherwise_is_told(exported: Path) ->
         begin(model(qk_norm=True), train(initialize_from_hf=str(exported)))
     with pytest.raises(ValueError, match=r"weights of other heads: model\.num_heads is 4 there, 2 here"):
         begin(model(num_heads=2, num_kv_heads=2, head_dim=8), train(initialize_from_hf=str(exported)))
+    with pytest.raises(
+        ValueError, match=r"\(\d+, 32\), and floating point \(\d+, 32\) is needed: set model\.vocab_size=\d+, which its padding is part of"
+    ):
+        begin(model(vocab_size=40), train(initialize_from_hf=str(exported)))
     with pytest.raises(ValueError, match=r"params/layers/\w+ \(it has \d layers there, 1 here\)"):
         begin(model(num_layers=1), train(initialize_from_hf=str(exported)))
 

@@ -204,3 +204,25 @@ def test_a_file_of_skipped_data_that_was_edited_is_refused(mixture: Path, tmp_pa
     skip_data(run, 4, 8, "by hand")  # of steps that were trained already
     with pytest.raises(ValueError, match=r"skipped-data\.json"):
         train(job(run, mixture), NoSignals(), 0.0)  # pyright: ignore[reportArgumentType]
+
+
+def test_it_does_not_go_back_past_the_end_of_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = make_mixture(tmp_path / "data")
+    content = json.loads((ends / "mixture.json").read_text())
+    for component in content["components"]:
+        component["max_epochs"] = 1
+    (ends / "mixture.json").write_text(json.dumps(content))
+    last = BatchLoader(ends, seq_len=32, global_batch_size=8, seed=0).num_steps
+    assert last is not None
+    path = write_job(tmp_path / "run", ends, train_batch_size=8, num_train_steps=last, steps_per_export=1000, max_rollbacks=3)
+    poison(monkeypatch, 20)
+    with pytest.raises(NonFiniteLoss, match="step 3"):
+        train(TrainingJob.model_validate_json(path.read_text()), NoSignals(), 0.0)  # pyright: ignore[reportArgumentType]
+    assert read_skipped_data(tmp_path / "run") == ()
+
+
+def test_arrays_of_another_version_are_told(mixture: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(job(run, mixture, optimizer="lion"), NoSignals(), 0.0)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"checkpoints/12 has other arrays than this run, \d+ of them, such as opt_state/\S+ \(there"):
+        train(job(run, mixture), NoSignals(), 0.0)  # pyright: ignore[reportArgumentType]

@@ -260,3 +260,14 @@ def test_a_missing_package_is_refused_before_work_starts(monkeypatch: pytest.Mon
     monkeypatch.setitem(trackers.PACKAGES, "trackio", "no_such_package")
     with pytest.raises(ValueError, match=r"track='trackio' needs the package 'no_such_package'.*prefect-llama\[track\]"):
         trackers.check_trackers(("trackio",))
+
+
+def test_where_the_run_went_back_nothing_after_it_counts_as_delivered(tmp_path: Path) -> None:
+    said: list[str] = []
+    deliveries = Deliveries(tmp_path / "trackers.json", said.append)
+    deliveries.note("fake", 12)
+    tracker = thread_of(Fake(), tmp_path, said)
+    tracker.begin([{"step": step} for step in range(1, 5)], resume_step=4)
+    assert Deliveries(tmp_path / "trackers.json", said.append).step("fake") == 4  # a kill from here on sends 5 and more again
+    tracker.end()
+    assert tracker.wait(time.monotonic() + 30)
