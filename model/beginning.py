@@ -58,7 +58,7 @@ def _check_stored(checkpoints: Checkpoints, abstract: Any, job: TrainingJob) -> 
         raise ValueError(
             f"{directory} has other arrays than this run, {len(others)} of them, such as {first} (there {stored.get(first, 'none')}, here "
             f"{wanted.get(first, 'none')}): another version of the program wrote it. Use that version, train again with --force "
-            f"checkpoints/{job.name}, or start a run from its weights (train.initialize_from_checkpoint_path, train.initialize_weights_only)"
+            f"checkpoints/{job.name}, or start a run from its weights (initialize_from_checkpoint_path, initialize_weights_only)"
         )
 
 

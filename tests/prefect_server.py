@@ -77,16 +77,15 @@ class Prefect:
 
 
 @contextmanager
-def prefect_server(home: Path, *pools: str) -> Iterator[Prefect]:
-    """A server with the work pools `name:type` and the deployments of prefect.yaml on them."""
+def prefect_server(home: Path, *pools: list[str]) -> Iterator[Prefect]:
+    """A server with work pools, by the arguments of `prefect work-pool create`, and the deployments of prefect.yaml on them."""
     port = free_port()
     prefect = Prefect(home, port)
     server = prefect.start("server", "start", "--host", "127.0.0.1", "--port", str(port))
     try:
         wait_until_healthy(prefect.api, server)
         for pool in pools:
-            name, _, kind = pool.partition(":")
-            prefect.run("work-pool", "create", name, "--type", kind)
+            prefect.run("work-pool", "create", *pool)
         prefect.run("--no-prompt", "deploy", "--all")
         yield prefect
     finally:

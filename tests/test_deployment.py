@@ -11,7 +11,7 @@ import pytest
 
 from deployments.bare_name import choose
 from tests.prefect_server import Prefect, prefect_server
-from tests.tpu_pool import Slices, pool_template, state_names
+from tests.tpu_pool import Slices, state_names, work_pools
 
 MODEL = {"seq_len": 128, "hidden_dim": 32, "intermediate_dim": 64, "num_heads": 2, "num_kv_heads": 1, "num_layers": 2}
 PARAMETERS = {"num_train_steps": 6, "train_batch_size": 4, "seed": 7, "model": json.dumps(MODEL)}
@@ -19,8 +19,8 @@ PARAMETERS = {"num_train_steps": 6, "train_batch_size": 4, "seed": 7, "model": j
 
 @pytest.fixture(scope="module")
 def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
-    with prefect_server(tmp_path_factory.mktemp("prefect"), "local:process", "tpu:tpu") as prefect:
-        prefect.run("work-pool", "update", "tpu", "--base-job-template", str(pool_template(prefect)))
+    home = tmp_path_factory.mktemp("prefect")
+    with prefect_server(home, *work_pools(home)) as prefect:
         for pool in ("local", "tpu"):
             prefect.start("worker", "start", "--pool", pool)
         yield prefect

@@ -14,7 +14,7 @@ import pytest
 from model.metrics import read_json_lines
 from tests.main_job import MainJob, assert_same_outcome, checkpoint_directory
 from tests.prefect_server import Prefect, prefect_server, wait_until_healthy
-from tests.tpu_pool import Slices, on_pool, pool_template, state_names, until
+from tests.tpu_pool import Slices, on_pool, state_names, until, work_pools
 
 pytestmark = pytest.mark.slow
 
@@ -34,8 +34,8 @@ LONG = (
 
 @pytest.fixture(scope="module")
 def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
-    with prefect_server(tmp_path_factory.mktemp("prefect"), "local:process", "tpu:tpu") as prefect:
-        prefect.run("work-pool", "update", "tpu", "--base-job-template", str(pool_template(prefect)))
+    home = tmp_path_factory.mktemp("prefect")
+    with prefect_server(home, *work_pools(home)) as prefect:
         prefect.start("worker", "start", "--pool", "tpu", "--name", "first")
         yield prefect
 

@@ -10,20 +10,21 @@ from typing import Any
 
 import httpx
 
+from deployments.tpu.worker import TPUWorker
 from tests.main_job import MainJob
 from tests.prefect_server import Prefect
 
 HOSTS = 2
 
 
-def pool_template(prefect: Prefect, **defaults: Any) -> Path:
-    """The worker type's own form with other defaults, as a file for `work-pool create`."""
-    template = json.loads(prefect.run("work-pool", "get-default-base-job-template", "--type", "tpu"))
+def work_pools(place: Path, **defaults: Any) -> tuple[list[str], list[str]]:
+    """The pools of prefect.yaml for `work-pool create`; that of type tpu with other defaults in its form."""
+    template = TPUWorker.get_default_base_job_template()
     for name, value in {"devices_per_host": 1, "poll_seconds": 0.5, **defaults}.items():
         template["variables"]["properties"][name]["default"] = value
-    path = prefect.home / "tpu-template.json"
+    path = place / "tpu-template.json"
     path.write_text(json.dumps(template))
-    return path
+    return ["local", "--type", "process"], ["tpu", "--type", "tpu", "--base-job-template", str(path)]
 
 
 class Slices:
