@@ -71,6 +71,11 @@ def absolute(place: Place) -> Place:
     return place.absolute() if isinstance(place, Path) else place
 
 
+def resolved(place: Place) -> Place:
+    """The one way to write the place, however many links lead there."""
+    return place.resolve() if isinstance(place, Path) else place
+
+
 def working_directory(place: Place) -> Path:
     """Where the files of `place` are on this machine: there, or in its copy below the cache."""
     if isinstance(place, Path):
