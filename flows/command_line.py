@@ -40,7 +40,7 @@ class Arguments:
     reading: Reading = OWN_TEXT
     """How the files of --text become documents."""
     root: str | None = None
-    """Where artifacts lie; unset: PREFECT_LLAMA_ROOT, else ./artifacts."""
+    """Where artifacts lie, a directory or gs://bucket/prefix; unset: PREFECT_LLAMA_ROOT, else ./artifacts."""
     plan: bool = False
     """Print what would run and be reused, and why, and stop."""
     only: str | None = None

@@ -27,7 +27,7 @@ def doctor(arguments: list[str]) -> int:
     @dataclasses.dataclass(frozen=True)
     class Doctor:
         root: str | None = None
-        """Where artifacts would lie; unset: PREFECT_LLAMA_ROOT, else ./artifacts."""
+        """Where artifacts would lie, a directory or gs://bucket/prefix; unset: PREFECT_LLAMA_ROOT, else ./artifacts."""
 
     from tasks.doctor import examine
 

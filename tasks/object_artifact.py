@@ -43,7 +43,7 @@ class ObjectArtifact:
 
     def exists(self) -> bool:
         """Whether an object is there."""
-        return bool(objects.directories_in(self.place)) or bool(objects.below(self.place))
+        return self.has_manifest() or bool(objects.directories_in(self.place)) or bool(objects.below(self.place))
 
     def children(self) -> list[Place]:
         """The prefixes just below."""

@@ -43,9 +43,9 @@ def object_store() -> Iterator[str]:
 
 
 class FaultyProxy(ThreadingHTTPServer):
-    """Passes requests on to `server`; `fault` says for each, by method and path, what goes wrong: None, a status, "reset" or "lost".
+    """Passes requests on to `server`; `fault` says for each, by method and path, what goes wrong: None, a status, or a word.
 
-    "reset" hangs up before the request is done, "lost" after. `seen` counts requests and faults.
+    "reset" hangs up before the request is done, "lost" after, "silent" says nothing. `seen` counts requests and faults.
     """
 
     daemon_threads = True
@@ -53,6 +53,7 @@ class FaultyProxy(ThreadingHTTPServer):
     def __init__(self, server: str, fault: Callable[[str, str], int | str | None]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.server, self.fault, self.seen = server.removeprefix("http://"), fault, Counter[Any]()
+        self.ended = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -71,7 +72,9 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.server.fault(self.command, self.path)
         self.server.seen["requests"] += 1
         self.server.seen[fault] += fault is not None
-        if fault == "reset":
+        if fault == "silent":
+            self.server.ended.wait(60)
+        if fault in ("reset", "silent"):
             self.close_connection = True
             return
         if isinstance(fault, int):
@@ -107,6 +110,7 @@ def faulty_proxy(server: str, fault: Callable[[str, str], int | str | None]) -> 
     try:
         yield proxy
     finally:
+        proxy.ended.set()
         proxy.shutdown()
         proxy.server_close()
 

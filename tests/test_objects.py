@@ -110,8 +110,9 @@ def test_a_part_of_another_generation_is_never_mixed_in(place: ObjectPath, tmp_p
         next(parts)
 
 
-@pytest.mark.parametrize("fault", [408, 429, 500, 502, 503, "reset", "lost"])
+@pytest.mark.parametrize("fault", [408, 429, 500, 502, 503, "reset", "lost", "silent"])
 def test_what_may_pass_is_tried_again_and_a_write_that_was_done_is_known_again(server: str, place: ObjectPath, fault, monkeypatch):
+    monkeypatch.setattr(object_requests, "_LEAST_SECONDS", 0.3 if fault == "silent" else 60.0)
     pending = [fault, fault]
     with faulty_proxy(server, lambda method, path: pending.pop() if pending else None) as proxy:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
