@@ -34,6 +34,18 @@ def emulator(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(object_requests, "RULE", RetryRule(attempts=10, first_seconds=0.02, longest_seconds=0.1))
 
 
+@pytest.fixture(autouse=True)
+def no_heartbeat_outlives_its_test(emulator: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    managers: list[LeaseLockManager] = []
+    initialize = LeaseLockManager.__init__
+    monkeypatch.setattr(
+        LeaseLockManager, "__init__", lambda self, *rest, **options: managers.append(self) or initialize(self, *rest, **options)
+    )
+    yield
+    for held in (held for made in managers for held in made._held.values()):
+        held.stop.set()
+
+
 @pytest.fixture
 def key() -> str:
     return f"artifact:gs://{BUCKET}/{uuid.uuid4().hex}/tokens/c4.en-0123456789abcdef@{'0' * 64}"

@@ -87,6 +87,7 @@ def test_forced_it_is_made_again(root: str):
     assert runs(root) == ["raw", "tokens", "raw"]
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_replaced_by_the_one_that_waits_for_it(root: str, server: str):
     victim = start(root, server)
     read_until(victim, "raw x runs: first run of this step")
