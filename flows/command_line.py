@@ -22,8 +22,8 @@ from model.batch_size_flag import batch_size_flags
 from model.config_base import nearest
 from tasks.config import RunConfig
 from tasks.datasets import OWN_TEXT, Reading, own_text_mixture
-from tasks.experiment import root_directory
-from tasks.planning import Plan, component_rows, plan_lines, plan_rows, plan_run
+from tasks.experiment import root_place
+from tasks.planning import Plan, check_trainable, component_rows, plan_lines, plan_rows, plan_run
 from tasks.preflight import check_accelerator, preflight, preflight_lines, refuse_what_does_not_fit
 from tasks.presets import Preset, preset
 
@@ -40,7 +40,7 @@ class Arguments:
     reading: Reading = OWN_TEXT
     """How the files of --text become documents."""
     root: str | None = None
-    """Where artifacts lie; unset: PREFECT_LLAMA_ROOT, else ./artifacts."""
+    """Where artifacts lie, a directory or gs://bucket/prefix; unset: PREFECT_LLAMA_ROOT, else ./artifacts."""
     plan: bool = False
     """Print what would run and be reused, and why, and stop."""
     only: str | None = None
@@ -68,7 +68,7 @@ def run_command(arguments: list[str]) -> int:
 def run_experiments(runs: list[RunConfig], description: str) -> int:
     """Runs declared experiments one after the other, all with the flags of this command line; returns the exit status."""
     for run in runs:  # all are checked before the first one trains
-        status = named_errors(lambda run=run: int(plan_run(run, root_directory(None)) is None))
+        status = named_errors(lambda run=run: int(plan_run(run, root_place(None)) is None))
         if status:
             return status
     for run in runs:
@@ -108,7 +108,7 @@ def named_errors(command: Callable[[], int]) -> int:
 
 
 def _run(arguments: Arguments, preset_name: str | None) -> int:
-    config, root = arguments.config, root_directory(arguments.root)
+    config, root = arguments.config, root_place(arguments.root)
     if arguments.text:
         config = config.model_copy(update={"data": own_text_mixture(arguments.text, config.data.tokenizer, arguments.reading)})
     plan = plan_run(config, root, only=arguments.only, force=arguments.force)
@@ -116,6 +116,7 @@ def _run(arguments: Arguments, preset_name: str | None) -> int:
     if arguments.plan:
         _print_preflight(plan)
         return 0
+    check_trainable(plan)
     check_accelerator(config.name, plan.model, config.train, tell=_tell, pool=config.pool)
 
     from flows.temporary_server import use_temporary_server

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tasks.audit import adopt, verify_tree
-from tasks.experiment import root_directory
+from tasks.experiment import root_directory, root_place
 from tasks.pipeline import label, run_steps
 from tasks.presets import preset
 
@@ -27,12 +27,12 @@ def doctor(arguments: list[str]) -> int:
     @dataclasses.dataclass(frozen=True)
     class Doctor:
         root: str | None = None
-        """Where artifacts would lie; unset: PREFECT_LLAMA_ROOT, else ./artifacts."""
+        """Where artifacts would lie, a directory or gs://bucket/prefix; unset: PREFECT_LLAMA_ROOT, else ./artifacts."""
 
     from tasks.doctor import examine
 
     options = tyro.cli(Doctor, args=arguments, prog="train.py doctor", description="Check this machine before a run.")
-    findings = examine(root_directory(options.root))
+    findings = examine(root_place(options.root))
     table = Table(show_edge=False, pad_edge=False)
     for column in ("", "what", "how it is", "what to do"):
         table.add_column(column, overflow="fold")
@@ -47,8 +47,8 @@ def verify(arguments: list[str]) -> int:
 
     @dataclasses.dataclass(frozen=True)
     class Verify:
-        path: tyro.conf.Positional[Path]
-        """An artifact's directory, or a root with many."""
+        path: tyro.conf.Positional[str]
+        """An artifact's directory, or a root with many; also gs://bucket/prefix."""
 
     options = tyro.cli(Verify, args=arguments, prog="train.py verify", description="Hash an artifact and compare it with its manifest.")
     report = verify_tree(options.path)

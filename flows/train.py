@@ -40,10 +40,10 @@ from tasks.config import ExportConfig
 from tasks.children import allow_children, stop_children
 from tasks.datasets import Mixture
 from tasks.download import download
-from tasks.experiment import default_train, resolve_run, root_directory
+from tasks.experiment import default_train, resolve_run, root_place
 from tasks.export import export_hf
 from tasks.mixture import mix
-from tasks.planning import Plan, plan_run
+from tasks.planning import Plan, check_trainable, plan_run
 from tasks.preflight import check_accelerator
 from tasks.presets import Preset
 from tasks.run_report import publish_plan, publish_summary
@@ -111,7 +111,7 @@ def train_llama(
         track: Trackers besides metrics.jsonl; offline without an account.
         tags: Tags for the trackers and the flow run.
         pool: Work pool that trains, for example one of type tpu. Unset: this run itself.
-        root: Where artifacts lie. Unset: PREFECT_LLAMA_ROOT, else ./artifacts.
+        root: Where artifacts lie: a directory, or gs://bucket/prefix. Unset: PREFECT_LLAMA_ROOT, else ./artifacts.
         only: Regular expression: just the steps (kind/name) that it finds, and what they need.
         force: Regular expressions: run the steps (kind/name) that they find although they are there.
     """
@@ -131,7 +131,8 @@ def train_llama(
         tags=tags,
         pool=pool,
     )
-    plan = plan_run(config, root_directory(root), only=only, force=tuple(force or ()))
+    plan = plan_run(config, root_place(root), only=only, force=tuple(force or ()))
+    check_trainable(plan)
     check_accelerator(config.name, plan.model, config.train, tell=get_run_logger().info, pool=config.pool)
     publish_plan(plan)
     artifacts = run_plan(plan)

@@ -5,12 +5,9 @@ No manifest, no artifact. Sizes are verified at every use, hashes at the first u
 
 from __future__ import annotations
 
-import glob
 import os
 import platform
-import shutil
 import stat
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path, PurePosixPath
@@ -18,12 +15,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from tasks.artifact_store import artifact_store
 from tasks.fingerprints import canonical_value, plain_value
 from tasks.manifests import (
-    DISCARDED,
-    DISCARDED_REASON,
     MANIFEST,
     Damage,
+    DamagedObject,
     FileEntry,
     Manifest,
     check,
@@ -33,8 +30,9 @@ from tasks.manifests import (
     manifest_path,
     read_manifest,
 )
+from tasks.places import Place, absolute, place_of, working_directory
 from tasks.steps import Step
-from tasks.storage import StorageError, check_writable, storage_errors, sync_directory, sync_file, write_temporary
+from tasks.storage import StorageError, storage_errors, sync_directory, sync_file
 
 __all__ = [
     "Artifact",
@@ -45,6 +43,7 @@ __all__ = [
     "FileEntry",
     "Manifest",
     "StorageError",
+    "brought_here",
     "check",
     "check_writable",
     "commit",
@@ -81,7 +80,12 @@ class Artifact(BaseModel):
     fingerprint: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
-def open_artifact(directory: str | Path, fingerprint: str) -> Artifact:
+def check_writable(place: str | Place) -> None:
+    """Proves that artifacts can be written at `place`, creating a directory; raises StorageError with the remedy if not."""
+    artifact_store(place).check_writable()
+
+
+def open_artifact(directory: str | Place, fingerprint: str) -> Artifact:
     """The committed artifact in `directory`, verified.
 
     Raises ArtifactMissing when it is not committed with this fingerprint, ArtifactDamaged naming each bad file.
@@ -93,7 +97,25 @@ def open_artifact(directory: str | Path, fingerprint: str) -> Artifact:
     if damages := check_files(directory, manifest, hashes=True):
         names = "; ".join(map(str, damages[:8])) + (f"; and {len(damages) - 8} more" if len(damages) > 8 else "")
         raise ArtifactDamaged(f"the artifact in {directory} is damaged: {names}. Run the same command again: it rebuilds this step")
-    return Artifact(kind=manifest.kind, name=manifest.name, path=str(Path(directory).absolute()), fingerprint=fingerprint)
+    return Artifact(kind=manifest.kind, name=manifest.name, path=str(absolute(place_of(directory))), fingerprint=fingerprint)
+
+
+def brought_here(artifact: Artifact) -> Artifact:
+    """The artifact with its files in a directory of this machine, which `path` then is.
+
+    What lies in a bucket is copied below the cache, compared with the manifest by hash when it comes and by size when it
+    is there. Raises ArtifactMissing, ArtifactDamaged, StorageError.
+    """
+    manifest, reason = load_manifest(artifact.path)
+    if manifest is None or manifest.fingerprint != artifact.fingerprint:
+        raise ArtifactMissing(f"the artifact in {artifact.path} is gone: {reason or 'another was put there'}. Run the same command again")
+    try:
+        directory = artifact_store(artifact.path).bring(manifest)
+    except DamagedObject as error:
+        raise ArtifactDamaged(
+            f"the artifact in {artifact.path} is damaged: {error}. Run the same command again: it rebuilds this step"
+        ) from None
+    return artifact.model_copy(update={"path": str(directory.absolute())})
 
 
 def list_files(directory: str | Path) -> Iterator[str]:
@@ -117,20 +139,22 @@ def list_files(directory: str | Path) -> Iterator[str]:
 
 
 def commit(
-    directory: str | Path,
+    directory: str | Place,
     step: Step,
     *,
     files: Iterable[str | Path] | None = None,
     stats: dict[str, Any],
     still_owner: Callable[[], None] | None = None,
 ) -> Artifact:
-    """Hashes and fsyncs the files, then makes them an artifact by writing the manifest, last and in one rename.
+    """Hashes and fsyncs the files, then makes them an artifact by writing the manifest, last and at once.
 
-    files: paths inside `directory`, relative or absolute; by default `list_files(directory)`.
-    still_owner: raises if this process has meanwhile lost the right to write here; called just before the rename.
+    directory: where the artifact is to lie. In a bucket, the files are in its working directory and are brought there.
+    files: paths inside the directory, relative or absolute; by default `list_files(directory)`.
+    still_owner: raises if this process has meanwhile lost the right to write here; called just before the manifest appears.
     Raises ArtifactError for a file outside `directory`, StorageError for a full or read-only disk.
     """
-    base = Path(directory)
+    place = place_of(directory)
+    base = working_directory(place)
     # before the hashing, which can take hours: a statistic that is no JSON is a mistake in the step's body
     plain_stats = plain_value(stats, "stats")
     listed = list_files(base) if files is None else sorted({_relative(base, Path(file)) for file in files})
@@ -150,23 +174,8 @@ def commit(
         stats=plain_stats,
         created_by=_created_by(),
     )
-    _write_manifest(base, manifest, still_owner)
-    return Artifact(kind=step.kind, name=step.name, path=str(base.absolute()), fingerprint=step.fingerprint)
-
-
-def _write_manifest(base: Path, manifest: Manifest, still_owner: Callable[[], None] | None) -> None:
-    temporary = write_temporary(base, manifest.to_json())
-    try:
-        if still_owner is not None:
-            still_owner()
-        with storage_errors(base):
-            os.replace(temporary, manifest_path(base))
-            sync_directory(base)
-            sync_directory(base.absolute().parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-    for leftover in (base / DISCARDED, base / DISCARDED_REASON, *base.glob(".tmp-*")):
-        leftover.unlink(missing_ok=True)
+    artifact_store(place).publish(manifest, still_owner)
+    return Artifact(kind=step.kind, name=step.name, path=str(absolute(place)), fingerprint=step.fingerprint)
 
 
 def _relative(base: Path, file: Path) -> str:
@@ -190,58 +199,21 @@ def _created_by() -> dict[str, str]:
     return {"program": f"prefect-llama {metadata.version('prefect-llama')}", "python": platform.python_version()}
 
 
-def discard_manifest(directory: str | Path, reason: str) -> None:
+def discard_manifest(directory: str | Place, reason: str) -> None:
     """Moves a manifest aside, durably, so that nothing uses the artifact any more; `explain_miss` repeats the reason."""
-    base = Path(directory)
-    with storage_errors(base):
-        try:
-            os.replace(manifest_path(base), base / DISCARDED)
-        except (FileNotFoundError, NotADirectoryError):
-            return
-        sync_directory(base)
-        os.replace(write_temporary(base, reason.encode()), base / DISCARDED_REASON)
+    artifact_store(directory).discard(reason)
 
 
-def discard_damaged(directory: str | Path, damages: Iterable[Damage], reason: str) -> None:
+def discard_damaged(directory: str | Place, damages: Iterable[Damage], reason: str) -> None:
     """Removes the damaged files, then discards the manifest: a step that continues must not take them for its own work.
 
     In this order, so that a crash in between leaves a manifest that still states what is missing. Of an adopted artifact
     only the link is removed, never the data it leads to.
     """
-    base = Path(directory)
-    with storage_errors(base):
-        if base.is_symlink():
-            base.unlink()
-            return
-        for damage in damages:
-            if damage.file != MANIFEST:
-                _remove_below(base, damage.file)
-    discard_manifest(base, reason)
+    if artifact_store(directory).remove(damages):
+        discard_manifest(directory, reason)
 
 
-def _remove_below(base: Path, relative: str) -> None:
-    path = base
-    for part in PurePosixPath(relative).parts:
-        path = path / part
-        if path.is_symlink() or path.is_file():
-            break  # a link itself, for what it leads to is not ours; or a file where a directory should be
-    if path.is_dir() and not path.is_symlink():
-        os.replace(path, base / f".damaged-{uuid.uuid4().hex}")
-    else:
-        path.unlink(missing_ok=True)
-    if path.parent.is_dir():
-        sync_directory(path.parent)
-
-
-def empty_directory(directory: str | Path) -> None:
-    """Makes `directory` empty in one rename, then deletes what was in it; of an adopted artifact only the link is removed."""
-    base = Path(directory)
-    with storage_errors(base):
-        if base.is_symlink():
-            base.unlink()
-        elif base.exists():
-            os.replace(base, base.parent / f".discarded-{base.name}-{uuid.uuid4().hex}")
-        sync_directory(base.parent)
-        for old in base.parent.glob(f".discarded-{glob.escape(base.name)}-*"):
-            shutil.rmtree(old)
-        base.mkdir()
+def empty_directory(directory: str | Place) -> None:
+    """Makes `directory` empty, and what of it is on this machine; of an adopted artifact only the link is removed."""
+    artifact_store(directory).empty()

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.config_base import Config
+from tasks.artifact_store import artifact_store
 from tasks.artifacts import Artifact, ArtifactError, commit, list_files
 from tasks.fingerprints import fingerprint
 from tasks.manifests import Damage, Manifest, check_files, digest_once, load_manifest, manifest_path
+from tasks.places import Place, place_of, working_directory
 from tasks.steps import Step
 from tasks.storage import make_directory, storage_errors, sync_directory
 
@@ -24,7 +26,7 @@ _LEVELS = 2
 class Verified:
     """One artifact after hashing: its directory, what it states it is, how much was read, and what is wrong with it."""
 
-    directory: Path
+    directory: Place
     manifest: Manifest | None
     damages: tuple[Damage, ...]
 
@@ -45,7 +47,7 @@ class TreeReport:
     """Every artifact found under a path, and the directories that look like one but were never finished."""
 
     artifacts: tuple[Verified, ...]
-    unfinished: tuple[Path, ...]
+    unfinished: tuple[Place, ...]
 
     @property
     def ok(self) -> bool:
@@ -58,29 +60,31 @@ class TreeReport:
         return "\n".join(lines) or "no artifact found"
 
 
-def verify_tree(path: str | Path) -> TreeReport:
+def verify_tree(path: str | Place) -> TreeReport:
     """Hashes every file of the artifact at `path`, or of all artifacts under the root or kind directory at `path`.
 
-    Nothing is taken from memory: each file is read now. Raises ArtifactError when `path` is not a directory.
+    Nothing is taken from memory: each file is read now. Raises ArtifactError when `path` is not a directory, nor a place in
+    a bucket with anything below it.
     """
-    base = Path(path)
-    if not base.is_dir():
+    base = place_of(path)
+    if not artifact_store(base).exists():
         raise ArtifactError(f"there is no directory {base}: give the directory of an artifact, or the --root of a run")
     artifacts: list[Verified] = []
-    unfinished: list[Path] = []
+    unfinished: list[Place] = []
     for directory in _candidates(base, _LEVELS):
-        if os.path.lexists(manifest_path(directory)):
+        if artifact_store(directory).has_manifest():
             artifacts.append(_verify(directory))
         else:
             unfinished.append(directory)
     return TreeReport(tuple(artifacts), tuple(unfinished))
 
 
-def _candidates(directory: Path, levels: int) -> Iterator[Path]:
-    children = sorted(child for child in directory.iterdir() if child.is_dir() and not child.name.startswith("."))
-    if os.path.lexists(manifest_path(directory)):
+def _candidates(directory: Place, levels: int) -> Iterator[Place]:
+    store = artifact_store(directory)
+    children = store.children()
+    if store.has_manifest():
         yield directory
-        yield from (child for child in children if os.path.lexists(manifest_path(child)))
+        yield from (child for child in children if artifact_store(child).has_manifest())
     elif _ARTIFACT_NAME.fullmatch(directory.name):
         yield directory
     elif levels:
@@ -88,7 +92,7 @@ def _candidates(directory: Path, levels: int) -> Iterator[Path]:
             yield from _candidates(child, levels - 1)
 
 
-def _verify(directory: Path) -> Verified:
+def _verify(directory: Place) -> Verified:
     manifest, reason = load_manifest(directory)
     if manifest is None:
         return Verified(directory, None, (Damage("manifest.json", reason),))
@@ -102,15 +106,19 @@ class Adopted(Config):
     """The sha256 over the paths, sizes and sha256 of its files."""
 
 
-def adopt(path: str | Path, root: str | Path, kind: str, name: str, provenance: Mapping[str, str], *, step: Step | None = None) -> Artifact:
+def adopt(
+    path: str | Path, root: str | Place, kind: str, name: str, provenance: Mapping[str, str], *, step: Step | None = None
+) -> Artifact:
     """Registers the existing data in the directory `path` as a finished artifact; nothing is copied or moved.
 
     The manifest is written into `path`, and the artifact's place under `root` becomes a link to it, unless it already is
     that place. provenance: where the data came from, kept in the manifest's stats. step: the step whose result this is;
-    by default one identified by the content. Raises ArtifactError if `path` is empty, is already an artifact, or if
-    another artifact lies in its place.
+    by default one identified by the content. Raises ArtifactError if `root` is in a bucket, if `path` is empty or is
+    already an artifact, or if another artifact lies in its place.
     """
-    base = Path(path).absolute()
+    base, root = Path(path).absolute(), place_of(root)
+    if not isinstance(root, Path):
+        raise ArtifactError(f"cannot adopt {base} below {root}: in a bucket there are no links; adopt it in a directory")
     if not base.is_dir():
         raise ArtifactError(f"cannot adopt {base}: it is not a directory")
     if os.path.lexists(manifest_path(base)):
@@ -124,11 +132,12 @@ def adopt(path: str | Path, root: str | Path, kind: str, name: str, provenance: 
     step = step or Step(kind, name, Adopted(content=content))
     if (step.kind, step.name) != (kind, name):
         raise ArtifactError(f"cannot adopt {base} as {kind}/{name}: the step given is {step.kind}/{step.name}")
-    _link(step.directory(root), base)
+    place = working_directory(step.directory(root))
+    _link(place, base)
     size = sum((base / file).stat().st_size for file in files)
     stats = {"provenance": dict(provenance), "content": content, "files": len(files), "bytes": size}
     adopted = commit(base, step, files=files, stats=stats)
-    return adopted.model_copy(update={"path": str(step.directory(root).absolute())})
+    return adopted.model_copy(update={"path": str(place.absolute())})
 
 
 def _link(place: Path, base: Path) -> None:

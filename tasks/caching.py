@@ -6,7 +6,6 @@ here a step that has to run is explained, prepared, run and committed.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -19,12 +18,23 @@ from prefect.context import TaskRunContext
 from prefect.settings import PREFECT_TASKS_REFRESH_CACHE
 from prefect.transactions import IsolationLevel, get_transaction
 
-from tasks.artifacts import Artifact, ArtifactError, check, commit, discard_damaged, empty_directory, open_artifact
+from tasks.artifact_store import artifact_store
+from tasks.artifacts import (
+    Artifact,
+    ArtifactError,
+    brought_here,
+    check,
+    check_writable,
+    commit,
+    discard_damaged,
+    empty_directory,
+    open_artifact,
+)
 from tasks.leases import LeaseLockManager
-from tasks.manifests import manifest_path
+from tasks.places import Place, working_directory
 from tasks.records import LEASES, RECORDS, StepCachePolicy, cache_key, parse_cache_key, run_logger
 from tasks.steps import Step
-from tasks.storage import check_writable, make_directory, storage_errors
+from tasks.storage import storage_errors
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -65,9 +75,10 @@ def step_task(
 ) -> Callable[[StepBody], StepTask[[Step, str, list[Artifact]], Artifact]]:
     """Makes a step's body a Prefect task `(step, root, inputs) -> Artifact`.
 
-    The body gets the step, its existing directory, and the verified inputs in the order of `step.upstream`; it returns
-    the stats for the manifest, or a StepOutput. It may find what an interrupted run of the same step left, and continue.
-    A body that fails leaves no manifest. description, retries, tags, name: as in Prefect; name defaults to the body's.
+    The body gets the step, an existing directory of this machine, and the verified inputs, on this machine too, in the
+    order of `step.upstream`; it returns the stats for the manifest, or a StepOutput. It may find what an interrupted run of
+    the same step left here, and continue. A body that fails leaves no manifest.
+    description, retries, tags, name: as in Prefect; name defaults to the body's.
     """
 
     def decorate(body: StepBody) -> StepTask[[Step, str, list[Artifact]], Artifact]:
@@ -112,11 +123,12 @@ def run_step(body: StepBody, step: Step, root: str, inputs: Iterable[Artifact]) 
         return prepared
     if prepared:
         run_logger().info("%s %s runs: %s", step.kind, step.name, prepared)
-    make_directory(directory)
+    artifact_store(directory).prepare()
+    here = working_directory(directory)
     token = _still_owner.set(still_owner)
     try:
-        with storage_errors(directory, only_full=True):
-            output = body(step, directory, verified)
+        with storage_errors(here, only_full=True):
+            output = body(step, here, verified)
     finally:
         _still_owner.reset(token)
     if not isinstance(output, StepOutput):
@@ -131,7 +143,7 @@ def _verified_inputs(step: Step, inputs: tuple[Artifact, ...]) -> tuple[Artifact
         raise ValueError(
             f"the inputs of {step.kind} {step.name} must be [{', '.join(wanted)}], in this order, but are [{', '.join(given)}]"
         )
-    return tuple(open_artifact(artifact.path, artifact.fingerprint) for artifact in inputs)
+    return tuple(brought_here(open_artifact(artifact.path, artifact.fingerprint)) for artifact in inputs)
 
 
 def assert_still_owner() -> None:
@@ -152,7 +164,7 @@ def _lease_check(key: str) -> Callable[[], None]:
     return still_owner
 
 
-def _prepare(directory: Path, step: Step, root: str) -> Artifact | str:
+def _prepare(directory: Place, step: Step, root: str) -> Artifact | str:
     """Puts the directory into the state in which the body can start; the reason why it runs, "" if that is already told.
 
     Returns the artifact instead if it turns out to be usable as it is.
@@ -160,7 +172,7 @@ def _prepare(directory: Path, step: Step, root: str) -> Artifact | str:
     if _is_forced():
         empty_directory(directory)
         return "asked to run again"
-    if not os.path.lexists(manifest_path(directory)):
+    if not artifact_store(directory).has_manifest():
         return step.explain_miss(root)
     try:
         return open_artifact(directory, step.fingerprint)

@@ -15,6 +15,8 @@ from model.token_store import StoreError, TokenStore, with_tail
 from tasks.config import RunConfig
 from tasks.data_estimates import bytes_per_token, source_bytes, text_bytes
 from tasks.data_steps import DataSteps, Mixing, RawFiles, RegisteredTask, Tokenization
+from tasks.manifests import check
+from tasks.places import Place, working_directory
 from tasks.steps import Step
 from tasks.vocabularies import Tokenizer
 
@@ -53,17 +55,15 @@ class _Train:
     measured: bool
 
 
-def planned_data(config: RunConfig, steps: DataSteps, root: Path) -> PlannedData:
+def planned_data(config: RunConfig, steps: DataSteps, root: Place) -> PlannedData:
     """What the run reads of each dataset it trains on.
 
     Raises ValueError, as the training would, where tokens that are there cannot feed it.
     """
     train = config.train
     warnings = _unseen_changes(steps)
-    if steps.mixture.is_committed(root):
-        loader = BatchLoader(
-            steps.mixture.directory(root), seq_len=config.seq_len, global_batch_size=train.train_batch_size, seed=train.loader_seed
-        )
+    if (mixture := _mixture_here(steps, root)) is not None:
+        loader = BatchLoader(mixture, seq_len=config.seq_len, global_batch_size=train.train_batch_size, seed=train.loader_seed)
         planned = loader.planned(train.num_train_steps)
         components = tuple(
             PlannedComponent(name, part["tokens"], part["epochs"], part["tokens"] / (part["epochs"] or 1) or None, measured=True)
@@ -76,7 +76,7 @@ def planned_data(config: RunConfig, steps: DataSteps, root: Path) -> PlannedData
     trained = {name for stage in stages for name in stage.shares}
     splits: dict[str, _Train] = {}
     for step in (step for step in steps.tokens if step.name in trained):
-        counted = step.is_committed(root) and _counted(step, root, config.seq_len, mixing)
+        counted = is_here(step, root) and _counted(step, root, config.seq_len, mixing)
         splits[step.name] = counted or _estimated(step, config.data.tokenizer, config.seq_len, mixing, warnings)
     order = RowOrder([_component(name, split.rows, mixing) for name, split in splits.items()], stages, train.loader_seed)
     all_measured = all(split.measured for split in splits.values())
@@ -87,6 +87,19 @@ def planned_data(config: RunConfig, steps: DataSteps, root: Path) -> PlannedData
     exact = all_measured or not mixing.max_epochs
     components = tuple(_planned(component, rows[component.name], splits[component.name], exact) for component in order.components)
     return PlannedData(components, tuple(warnings))
+
+
+def is_here(step: Step, root: Place) -> bool:
+    """Whether the artifact is committed and its files are on this machine: a plan brings nothing here."""
+    place = step.directory(root)
+    return step.is_committed(root) and (isinstance(place, Path) or not check(working_directory(place), step.fingerprint, hashes=False))
+
+
+def _mixture_here(steps: DataSteps, root: Place) -> Path | None:
+    """The directory of the mixture, once all that it names is on this machine as well."""
+    mixture = steps.mixture.directory(root)
+    named = () if isinstance(mixture, Path) else (*steps.tokens, steps.tokenizer)
+    return working_directory(mixture) if all(is_here(step, root) for step in (steps.mixture, *named)) else None
 
 
 def _planned(component: Component, rows: int, split: _Train, exact: bool) -> PlannedComponent:
@@ -108,13 +121,13 @@ def _component(name: str, windows: int, mixing: Mixing) -> Component:
     return Component(name, windows, mixing.max_epochs.get(name), kept)
 
 
-def _counted(step: Step, root: Path, seq_len: int, mixing: Mixing) -> _Train | None:
+def _counted(step: Step, root: Place, seq_len: int, mixing: Mixing) -> _Train | None:
     """The training split of a token store as the loader has it; None where the store is damaged, and will be made again.
 
     Raises ValueError where it is no row, or its tail leaves nothing.
     """
     try:
-        store = TokenStore.open(step.directory(root))
+        store = TokenStore.open(working_directory(step.directory(root)))
     except StoreError:
         return None
     split = with_tail(store.splits, mixing.holdout_tail.get(step.name, 0), f"dataset {step.name!r}").get("train")
@@ -186,13 +199,13 @@ def _named(names: list[str]) -> str:
     return f"dataset{'s' * (len(names) > 1)} {', '.join(map(repr, names[:3]))}{more}"
 
 
-def bytes_to_fetch(steps: DataSteps, root: Path) -> int:
+def bytes_to_fetch(steps: DataSteps, root: Place) -> int:
     """Bytes of source files that the run has to copy or download, as far as servers tell or the dataset declares."""
     missing = [step.config for step in steps.downloads if not step.is_committed(root)]
     return sum(source_bytes(config) or 0 for config in missing if isinstance(config, RawFiles))
 
 
-def tokens_to_write(steps: DataSteps, root: Path, tokenizer: Tokenizer) -> int:
+def tokens_to_write(steps: DataSteps, root: Place, tokenizer: Tokenizer) -> int:
     """About how many tokens the run has to write, of the datasets of whose files the size is known."""
     total = 0.0
     for step in steps.tokens:

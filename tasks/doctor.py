@@ -10,7 +10,6 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Literal
 
 from packaging.specifiers import SpecifierSet
@@ -18,6 +17,7 @@ from packaging.specifiers import SpecifierSet
 from tasks.artifacts import check_writable
 from tasks.datasets import check_sources, shakespeare_mixture
 from tasks.formatting import size
+from tasks.places import Place, working_directory
 from tasks.planning import usable_cores
 
 GOOD_DISK_BYTES = 2 << 30
@@ -55,7 +55,7 @@ class Finding:
     remedy: str = ""
 
 
-def examine(root: Path) -> list[Finding]:
+def examine(root: Place) -> list[Finding]:
     """Everything that a run on this machine with artifacts below `root` depends on."""
     return [_python(), *_versions(), *_modules(), _place(root), _disk(root), _memory(), _cores(), _temporary(), _api(), _data()]
 
@@ -86,7 +86,7 @@ def _modules() -> list[Finding]:
     return [Finding("packages", "ok", f"{len(MODULES)} found")]
 
 
-def _place(root: Path) -> Finding:
+def _place(root: Place) -> Finding:
     try:
         check_writable(root)
     except (OSError, ValueError) as error:
@@ -94,8 +94,9 @@ def _place(root: Path) -> Finding:
     return Finding("root", "ok", f"{root} can be written")
 
 
-def _disk(root: Path) -> Finding:
-    existing = next(path for path in (root, *root.parents) if path.exists())
+def _disk(root: Place) -> Finding:
+    here = working_directory(root)
+    existing = next(path for path in (here, *here.parents) if path.exists())
     free = shutil.disk_usage(existing).free
     good = free >= GOOD_DISK_BYTES
     return Finding(

@@ -12,6 +12,7 @@ from model.trackers import TrackerName
 from model.train_config import SimpleTrainConfig
 from tasks.config import ExportConfig, RunConfig
 from tasks.datasets import Mixture
+from tasks.places import Place, place_of
 from tasks.presets import preset as preset_run
 from tasks.tokenize_config import TokenizeConfig
 
@@ -69,13 +70,27 @@ def resolve_run(
     )
 
 
-def root_directory(root: str | None) -> Path:
-    """Where artifacts lie: `root`, else the environment's PREFECT_LLAMA_ROOT, else ./artifacts.
+def root_place(root: str | None) -> Place:
+    """Where artifacts lie, on this machine or in a bucket: `root`, else the environment's PREFECT_LLAMA_ROOT, else ./artifacts.
 
     Raises:
-        ValueError: a URL of a storage that is not built in.
+        ValueError: a URL of a storage that is not built in, or one that names no bucket.
     """
     chosen = root or os.environ.get("PREFECT_LLAMA_ROOT") or "artifacts"
-    if "://" in chosen and not chosen.startswith("file://"):
-        raise ValueError(f"--root={chosen}: only local directories are supported; give a path")
-    return Path(chosen.removeprefix("file://")).expanduser().absolute()
+    try:
+        place = place_of(chosen)
+    except ValueError as error:
+        raise ValueError(f"--root={chosen}: {error}") from None
+    return place.expanduser().absolute() if isinstance(place, Path) else place
+
+
+def root_directory(root: str | None) -> Path:
+    """`root_place`, for what needs a directory of this machine.
+
+    Raises:
+        ValueError: it is in a bucket, or no place that is known.
+    """
+    place = root_place(root)
+    if not isinstance(place, Path):
+        raise ValueError(f"--root={place}: this works in a directory only; give a path")
+    return place

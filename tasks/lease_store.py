@@ -19,6 +19,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from tasks.places import Place, place_of
 from tasks.storage import make_directory, storage_errors, sync_directory, write_temporary
 
 # A key is no path: Prefect opens a result's key as a file when it is an absolute path and no storage is known
@@ -71,7 +72,7 @@ class Owner:
 class Lease:
     """One grant of a lease. `heartbeat` changes while the holder lives; it is compared, never read as a time."""
 
-    path: Path
+    path: Place
     token: int
     holder: str
     owner: Owner | None
@@ -84,15 +85,20 @@ class Lease:
         return self.released or (self.owner is not None and self.owner.is_dead())
 
 
-def directory_of(key: str) -> Path:
-    """The directory that a key, `artifact:{directory}@{fingerprint}`, is about."""
-    return Path(key.removeprefix(KEY_PREFIX).rpartition("@")[0] or key)
+def directory_of(key: str) -> Place:
+    """The place that a key, `artifact:{directory}@{fingerprint}`, is about."""
+    return place_of(key.removeprefix(KEY_PREFIX).rpartition("@")[0] or key)
+
+
+def lease_name(key: str) -> tuple[Place, str]:
+    """Where the leases of `key` lie, `.leases` beside the artifact's directory, and the name that `key` has there."""
+    return directory_of(key).parent / ".leases", sha256(key.encode()).hexdigest()[:32]
 
 
 def lease_directory(key: str) -> Path:
-    """Where the leases of `key` lie: in `.leases` beside the artifact's directory."""
-    directory = directory_of(key)
-    return directory.parent / ".leases" / sha256(key.encode()).hexdigest()[:32]
+    """Where the leases of `key`, about a directory of this machine, lie as files."""
+    directory, name = lease_name(key)
+    return _local(directory) / name
 
 
 def newest(key: str) -> Lease | None:
@@ -102,7 +108,7 @@ def newest(key: str) -> Lease | None:
         path = directory / _name(tokens[-1])
         try:
             heartbeat = path.stat().st_mtime_ns
-            return _parse(path, tokens[-1], path.read_bytes(), heartbeat)
+            return parse_lease(path, tokens[-1], path.read_bytes(), heartbeat)
         except FileNotFoundError:
             continue  # superseded and swept between the listing and the reading
     return None
@@ -123,27 +129,29 @@ def grant(key: str, holder: str, after: Lease | None, *, thread: int) -> Lease |
 
 def beat(lease: Lease) -> None:
     """Shows that the holder lives. Raises OSError if it cannot be written."""
-    os.utime(lease.path)
+    os.utime(_local(lease.path))
 
 
 def restore(lease: Lease) -> None:
     """Writes the lease again after its directory was removed under the holder; does nothing if anything is there."""
-    make_directory(lease.path.parent)
+    make_directory(_local(lease.path).parent)
     _create(lease)
 
 
 def give_back(lease: Lease) -> None:
     """Marks the lease as free for the next one at once; its number stays used."""
-    with storage_errors(lease.path):
-        os.replace(write_temporary(lease.path.parent, _dump(lease, released=True)), lease.path)
+    path = _local(lease.path)
+    with storage_errors(path):
+        os.replace(write_temporary(path.parent, _dump(lease, released=True)), path)
 
 
 def _create(lease: Lease) -> bool:
-    with storage_errors(lease.path):
-        temporary = write_temporary(lease.path.parent, _dump(lease))
+    path = _local(lease.path)
+    with storage_errors(path):
+        temporary = write_temporary(path.parent, _dump(lease))
         try:
-            os.link(temporary, lease.path)
-            sync_directory(lease.path.parent)
+            os.link(temporary, path)
+            sync_directory(path.parent)
         except FileExistsError:
             return False
         finally:
@@ -151,13 +159,23 @@ def _create(lease: Lease) -> bool:
     return True
 
 
+def _local(place: Place) -> Path:
+    assert isinstance(place, Path), f"{place} is in a bucket: its leases are objects"
+    return place
+
+
 def _dump(lease: Lease, *, released: bool = False) -> bytes:
+    return (json.dumps(dump_lease(lease, released=released)) + "\n").encode()
+
+
+def dump_lease(lease: Lease, *, released: bool) -> dict[str, Any]:
+    """The lease as JSON values."""
     owner = None if lease.owner is None else asdict(lease.owner)
-    record = {"token": lease.token, "holder": lease.holder, "owner": owner, "since": lease.since, "released": released}
-    return (json.dumps(record) + "\n").encode()
+    return {"token": lease.token, "holder": lease.holder, "owner": owner, "since": lease.since, "released": released}
 
 
-def _parse(path: Path, token: int, data: bytes, heartbeat: int) -> Lease:
+def parse_lease(path: Place, token: int, data: bytes, heartbeat: int) -> Lease:
+    """The lease that `data` is; one that nobody is known to hold where `data` is damaged."""
     try:
         record = json.loads(data)
         owner, holder, since, released = (

@@ -13,12 +13,43 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
-from tasks.lease_store import Lease, beat, directory_of, give_back, grant, newest, restore
+from tasks import lease_store, object_leases
+from tasks.lease_store import Lease, directory_of
+from tasks.places import ObjectPath
 from tasks.storage import REFUSED, StorageError
 
 _logger = logging.getLogger("prefect_llama.leases")
+
+
+class LeaseStore(Protocol):
+    """Where leases are kept. See `tasks.lease_store`, which keeps them as files, for what each function does."""
+
+    def newest(self, key: str) -> Lease | None:
+        """The lease in force for `key`."""
+        ...
+
+    def grant(self, key: str, holder: str, after: Lease | None, *, thread: int) -> Lease | None:
+        """The lease that follows `after`, or None if another process was granted it first."""
+        ...
+
+    def beat(self, lease: Lease) -> None:
+        """Shows that the holder lives."""
+        ...
+
+    def restore(self, lease: Lease) -> None:
+        """Writes a lease again that was lost under its holder."""
+        ...
+
+    def give_back(self, lease: Lease) -> None:
+        """Marks the lease as free."""
+        ...
+
+
+def store_of(key: str) -> LeaseStore:
+    """Where the leases of `key` are kept: as files or as objects, beside the artifact that it is about."""
+    return object_leases if isinstance(directory_of(key), ObjectPath) else lease_store
 
 
 class LeaseLost(RuntimeError):
@@ -112,7 +143,7 @@ class LeaseLockManager:
         silence = _Silence(self._poll_seconds)
         announced: int | None = None
         while True:
-            current = newest(key)
+            current = store_of(key).newest(key)
             held = self._held.get(key)
             if held is not None and held.lease == current and held.lease.holder == holder:
                 return True
@@ -132,7 +163,7 @@ class LeaseLockManager:
 
     def _take(self, key: str, holder: str, current: Lease | None, deadline: float | None, thread: threading.Thread | None) -> bool:
         try:
-            lease = grant(key, holder, current, thread=0 if thread is None else thread.ident or 0)
+            lease = store_of(key).grant(key, holder, current, thread=0 if thread is None else thread.ident or 0)
         except StorageError as error:
             if error.errno not in REFUSED:
                 raise
@@ -166,7 +197,7 @@ class LeaseLockManager:
                 return
             try:
                 self._check(key, held.lease)
-                beat(held.lease)
+                store_of(key).beat(held.lease)
             except LeaseLost as error:
                 if not held.stop.is_set():  # given back between the wait and the look
                     self._tell(logging.ERROR, str(error))
@@ -175,10 +206,10 @@ class LeaseLockManager:
                 self._tell(logging.WARNING, f"cannot renew the lease on {_step_of(key)}, trying again: {error}")
 
     def _check(self, key: str, lease: Lease) -> None:
-        current = newest(key)
+        current = store_of(key).newest(key)
         if current is None:
-            restore(lease)
-            current = newest(key)
+            store_of(key).restore(lease)
+            current = store_of(key).newest(key)
         if current != lease:
             raise LeaseLost(
                 f"lost the lease on {_step_of(key)} to {_owner_of(current)}: this process was silent for too long and will not "
@@ -205,27 +236,27 @@ class LeaseLockManager:
         del self._held[key]
         held.stop.set()
         try:
-            if newest(key) == held.lease:
-                give_back(held.lease)
+            if store_of(key).newest(key) == held.lease:
+                store_of(key).give_back(held.lease)
         except OSError as error:
             # the work is committed; others replace this silent holder after expiry
             self._tell(logging.WARNING, f"could not give back the lease on {_step_of(key)}: {error}")
 
     def is_locked(self, key: str) -> bool:
         """Whether some holder that may be alive has the lease on `key`."""
-        current = newest(key)
+        current = store_of(key).newest(key)
         return current is not None and not current.is_free()
 
     def is_lock_holder(self, key: str, holder: str) -> bool:
         """Whether `holder` has the lease on `key`."""
-        current = newest(key)
+        current = store_of(key).newest(key)
         return current is not None and not current.released and current.holder == holder
 
     def wait_for_lock(self, key: str, timeout: float | None = None) -> bool:
         """Waits until nobody that may be alive has the lease on `key`; False after `timeout` seconds."""
         deadline = _deadline(timeout)
         silence = _Silence(self._poll_seconds)
-        while self._why_free(newest(key), silence) is None:
+        while self._why_free(store_of(key).newest(key), silence) is None:
             if deadline is not None and time.monotonic() >= deadline:
                 return False
             time.sleep(self._poll_seconds)

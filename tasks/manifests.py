@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import stat
 import time
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -13,6 +11,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tasks import fingerprints
+from tasks.artifact_store import artifact_store
+from tasks.places import Place
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -92,18 +92,22 @@ class Damage:
         return f"{self.file} {self.problem}"
 
 
+class DamagedObject(ValueError):
+    """An object that is not what the manifest states, found when it was brought here; the artifact is discarded by then."""
+
+
 def manifest_path(directory: str | Path) -> Path:
     """The place of the manifest of the artifact in `directory`."""
     return Path(directory) / MANIFEST
 
 
-def load_manifest(directory: str | Path) -> tuple[Manifest | None, str]:
+def load_manifest(directory: str | Place) -> tuple[Manifest | None, str]:
     """The manifest and "", or None and why there is none: absent, torn, empty, too large, edited, of another schema.
 
     Read as JSON and nothing else. Anything but a regular file in its place is not a manifest.
     """
     try:
-        data = _read_regular(manifest_path(directory))
+        data = artifact_store(directory).manifest_data()
     except (FileNotFoundError, NotADirectoryError):
         return None, "is missing"
     except OSError as error:
@@ -120,24 +124,18 @@ def load_manifest(directory: str | Path) -> tuple[Manifest | None, str]:
         return None, "is not JSON (torn or overwritten)"
 
 
-def _read_regular(path: Path) -> bytes:
-    # NONBLOCK: a named pipe in the manifest's place must not hang the run
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(0, "it is not a regular file")
-        if status.st_size > MAX_MANIFEST_BYTES:
-            raise OSError(0, f"it has {status.st_size:,} bytes, more than the {MAX_MANIFEST_BYTES:,} that a manifest can have")
-        return file.read()
+def check_size(size: int) -> None:
+    """Raises OSError where a manifest cannot have so many bytes."""
+    if size > MAX_MANIFEST_BYTES:
+        raise OSError(0, f"it has {size:,} bytes, more than the {MAX_MANIFEST_BYTES:,} that a manifest can have")
 
 
-def read_manifest(directory: str | Path) -> Manifest | None:
+def read_manifest(directory: str | Place) -> Manifest | None:
     """The manifest of the artifact in `directory`, or None when there is no usable one (`load_manifest` tells why)."""
     return load_manifest(directory)[0]
 
 
-def check(directory: str | Path, fingerprint: str | None = None, *, hashes: bool) -> list[Damage]:
+def check(directory: str | Place, fingerprint: str | None = None, *, hashes: bool) -> list[Damage]:
     """Everything in which `directory` differs from its manifest; empty when the artifact can be used.
 
     fingerprint: what the manifest has to carry, if given. hashes: also compare contents, where a file that was already
@@ -151,36 +149,9 @@ def check(directory: str | Path, fingerprint: str | None = None, *, hashes: bool
     return check_files(directory, manifest, hashes=hashes)
 
 
-def check_files(directory: str | Path, manifest: Manifest, *, hashes: bool, remember: bool = True) -> list[Damage]:
+def check_files(directory: str | Place, manifest: Manifest, *, hashes: bool, remember: bool = True) -> list[Damage]:
     """The files of `directory` that are not as `manifest` states; `remember=False` reads every one of them again."""
-    base = Path(directory)
-    linked: dict[PurePosixPath, bool] = {PurePosixPath("."): False}
-    found = (_check_file(base, entry, linked, hashes, remember) for entry in manifest.files)
-    return [damage for damage in found if damage is not None]
-
-
-def _check_file(base: Path, entry: FileEntry, linked: dict[PurePosixPath, bool], hashes: bool, remember: bool) -> Damage | None:
-    path = base / entry.path
-    try:
-        status = path.lstat()
-        if not stat.S_ISREG(status.st_mode) or _under_link(base, PurePosixPath(entry.path).parent, linked):
-            return Damage(entry.path, "is not a regular file inside the artifact")
-        if status.st_size != entry.bytes:
-            return Damage(entry.path, f"has {status.st_size:,} bytes instead of {entry.bytes:,}")
-        if hashes and (digest_once(path) if remember else fingerprints.file_digest(path)) != entry.sha256:
-            return Damage(entry.path, "has other contents than when it was committed (its sha256 differs)")
-    except (FileNotFoundError, NotADirectoryError):
-        return Damage(entry.path, "is missing")
-    except OSError as error:
-        return Damage(entry.path, f"cannot be read: {error.strerror}")
-    return None
-
-
-def _under_link(base: Path, parent: PurePosixPath, known: dict[PurePosixPath, bool]) -> bool:
-    """Whether `parent` or a directory above it, below `base`, is a symbolic link; each is looked at once."""
-    if parent not in known:
-        known[parent] = _under_link(base, parent.parent, known) or (base / parent).is_symlink()
-    return known[parent]
+    return artifact_store(directory).check_files(manifest, hashes=hashes, remember=remember)
 
 
 def digest_once(path: Path) -> str:
@@ -195,11 +166,3 @@ def digest_once(path: Path) -> str:
     if now - max(status.st_mtime_ns, status.st_ctime_ns) > SETTLED_NANOSECONDS:
         _digests[key] = digest
     return digest
-
-
-def discarded_reason(directory: str | Path) -> str | None:
-    """Why the manifest in `directory` was discarded, or None if it was not, or has been written anew since."""
-    try:
-        return (Path(directory) / DISCARDED_REASON).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None

@@ -23,6 +23,7 @@ from tasks.config import RunConfig, TrainingStep, beside_fields
 from tasks.data_plan import PlannedComponent, bytes_to_fetch, planned_data, tokens_to_write
 from tasks.datasets import check_sources
 from tasks.pipeline import label, matching, run_steps
+from tasks.places import Place, place_of, working_directory
 from tasks.steps import Step
 from tasks.vocabulary_file import not_exportable, vocabulary_size
 
@@ -46,7 +47,7 @@ class Plan:
     """What a run would do and what it amounts to."""
 
     config: RunConfig
-    root: Path
+    root: Place
     steps: tuple[PlannedStep, ...]
     model: LlamaConfig
     num_parameters: int
@@ -71,9 +72,10 @@ class Plan:
 
 
 FORCED = "forced"
+NEEDS_DIRECTORY = ("checkpoints", "hf")
 
 
-def plan_run(config: RunConfig, root: str | Path, *, only: str | None = None, force: tuple[str, ...] = ()) -> Plan:
+def plan_run(config: RunConfig, root: str | Place, *, only: str | None = None, force: tuple[str, ...] = ()) -> Plan:
     """The plan of a run.
 
     Args:
@@ -83,29 +85,30 @@ def plan_run(config: RunConfig, root: str | Path, *, only: str | None = None, fo
     Raises:
         ValueError: something about the configuration, the sources or the place to write cannot work; says what to change.
     """
-    check_run(config, Path(root))
+    root = place_of(root)
+    check_run(config, root)
     run = run_steps(config)
     steps = run.all
     wanted = steps if only is None else _with_inputs(matching(steps, only, "--only"))
     forced = {step.fingerprint for pattern in force for step in matching(steps, pattern, "--force")}
     # What lies inside a directory that is emptied is made again too.
     forced |= {step.fingerprint for step in steps if step.subdirectory_of is not None and step.subdirectory_of.fingerprint in forced}
-    planned = tuple(_plan_step(step, Path(root), step in wanted, step.fingerprint in forced) for step in steps)
+    planned = tuple(_plan_step(step, root, step in wanted, step.fingerprint in forced) for step in steps)
 
     vocab_size = vocabulary_size(config.data.tokenizer)
     model = config.model.with_vocab(vocab_size)
     total_tokens = config.train.num_train_rows * config.seq_len
     total_flops = train_flops_per_token(model, config.seq_len) * total_tokens
     devices = None if config.train.accelerator_type else local_device_count()
-    fetch_bytes = bytes_to_fetch(run.data, Path(root))
+    fetch_bytes = bytes_to_fetch(run.data, root)
     trains = any(planned_step.action == "run" and planned_step.step.kind == "checkpoints" for planned_step in planned)
     id_bytes = 2 if vocab_size <= 1 << 16 else 4
-    token_bytes = tokens_to_write(run.data, Path(root), config.data.tokenizer) * id_bytes
-    space = _check_space(Path(root), checkpoint_bytes(config, model) if trains else 0, fetch_bytes, token_bytes)
-    data = planned_data(config, run.data, Path(root))
+    token_bytes = tokens_to_write(run.data, root, config.data.tokenizer) * id_bytes
+    space = _check_space(root, checkpoint_bytes(config, model) if trains else 0, fetch_bytes, token_bytes)
+    data = planned_data(config, run.data, root)
     return Plan(
         config=config,
-        root=Path(root),
+        root=root,
         steps=planned,
         model=model,
         num_parameters=num_parameters(model),
@@ -120,7 +123,7 @@ def plan_run(config: RunConfig, root: str | Path, *, only: str | None = None, fo
     )
 
 
-def check_run(config: RunConfig, root: Path) -> None:
+def check_run(config: RunConfig, root: Place) -> None:
     """Everything that can be known to fail before work starts.
 
     Raises:
@@ -134,7 +137,7 @@ def check_run(config: RunConfig, root: Path) -> None:
     check_tensor_split(model, config.train.tensor_parallel_size)
     if config.train.accelerator_type is None and (devices := local_device_count()) is not None:
         BatchArithmetic.of(config.train, devices)
-    check_writable(_existing_place(root))
+    check_writable(_existing_place(root) if isinstance(root, Path) else root)
 
 
 def _existing_place(root: Path) -> Path:
@@ -142,17 +145,31 @@ def _existing_place(root: Path) -> Path:
     return next(path for path in (root, *root.parents) if path.exists())
 
 
-def _check_space(root: Path, checkpoints: int, fetch: int, tokens: int) -> list[str]:
+def check_trainable(plan: Plan) -> None:
+    """Raises ValueError where the plan trains or exports, and the root is in a bucket."""
+    kinds = sorted({planned.step.kind for planned in plan.steps if planned.action == "run"} & set(NEEDS_DIRECTORY))
+    if kinds and not isinstance(plan.root, Path):
+        raise ValueError(
+            f"--root={plan.root}: {' and '.join(kinds)} cannot be made in a bucket yet, because checkpoints, metrics and logs are written "
+            f"into a directory while training goes on. Run `--only mixtures/` for the data alone, or give --root a directory"
+        )
+
+
+def _check_space(root: Place, checkpoints: int, fetch: int, tokens: int) -> list[str]:
     """Raises ValueError where the disk has less room than checkpoints and source files need; a warning where tokens may not fit too."""
-    needed, free = checkpoints + fetch + tokens, shutil.disk_usage(_existing_place(root)).free
+    needed, free = checkpoints + fetch + tokens, shutil.disk_usage(_existing_place(working_directory(root))).free
     message = (
-        f"--root={root} has {free:,} bytes free, this run needs about {needed:,}: {checkpoints:,} for checkpoints, {fetch:,} for "
+        f"{_disk_of(root)} has {free:,} bytes free, this run needs about {needed:,}: {checkpoints:,} for checkpoints, {fetch:,} for "
         f"source files, {tokens:,} for tokens; free some space, choose another --root, or set train.max_checkpoints lower"
     )
     if free < checkpoints + fetch:
         raise ValueError(message)
     # how many tokens there will be is only estimated
     return [message] if free < needed else []
+
+
+def _disk_of(root: Place) -> str:
+    return f"--root={root}" if isinstance(root, Path) else f"{working_directory(root)}, where the files of --root={root} are worked on,"
 
 
 def checkpoint_bytes(config: RunConfig, model: LlamaConfig) -> int:
@@ -175,7 +192,7 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _plan_step(step: Step, root: Path, wanted: bool, forced: bool) -> PlannedStep:
+def _plan_step(step: Step, root: Place, wanted: bool, forced: bool) -> PlannedStep:
     if not wanted:
         return PlannedStep(step, "leave", "not asked for")
     if forced:
@@ -188,10 +205,10 @@ def _plan_step(step: Step, root: Path, wanted: bool, forced: bool) -> PlannedSte
     return PlannedStep(step, "reuse", f"{place}; not applied to it: {', '.join(ignored)}" if ignored else place)
 
 
-def _not_applied(step: Step, root: Path) -> list[str]:
+def _not_applied(step: Step, root: Place) -> list[str]:
     """Fields that do not change the trained model, but what was written beside it, and differ from those it was made with."""
-    config, manifest = step.config, read_manifest(step.directory(root))
-    if not isinstance(config, TrainingStep) or manifest is None:
+    config = step.config
+    if not isinstance(config, TrainingStep) or (manifest := read_manifest(step.directory(root))) is None:
         return []
     made_with = manifest.stats.get("beside", {})
     return [f"train.{name}" for name, value in beside_fields(config.train).items() if made_with.get(name, value) != value]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from prefect.cache_policies import CachePolicy
@@ -22,6 +21,7 @@ from prefect.serializers import JSONSerializer
 from tasks.artifacts import Artifact, ArtifactMissing, check, open_artifact
 from tasks.lease_store import KEY_PREFIX, directory_of
 from tasks.leases import LeaseLockManager
+from tasks.places import Place, absolute, place_of, resolved
 from tasks.steps import Step
 
 
@@ -37,18 +37,18 @@ def _tell_run(level: int, message: str) -> None:
     run_logger().log(level, message)
 
 
-def cache_key(step: Step, root: str | Path) -> str:
-    """The key of a step's artifact for Prefect: `artifact:{absolute directory}@{fingerprint}`.
+def cache_key(step: Step, root: str | Place) -> str:
+    """The key of a step's artifact for Prefect: `artifact:{absolute directory, or place in a bucket}@{fingerprint}`.
 
     However `root` is written, one directory has one key, or two processes would hold different leases on it.
     """
-    return f"{KEY_PREFIX}{step.directory(Path(root).resolve())}@{step.fingerprint}"
+    return f"{KEY_PREFIX}{step.directory(resolved(place_of(root)))}@{step.fingerprint}"
 
 
-def parse_cache_key(key: str) -> tuple[Path, str]:
+def parse_cache_key(key: str) -> tuple[Place, str]:
     """The directory and fingerprint in a key made by `cache_key`; raises ValueError for any other text."""
     directory, fingerprint = directory_of(key), key.rpartition("@")[2]
-    if not key.startswith(KEY_PREFIX) or not directory.is_absolute() or len(fingerprint) != 64:
+    if not key.startswith(KEY_PREFIX) or directory != absolute(directory) or len(fingerprint) != 64:
         raise ValueError(f"{key[:200]!r} is not the key of a step's artifact")
     return directory, fingerprint
 

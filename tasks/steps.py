@@ -5,16 +5,16 @@ A step is plain data. Nothing here runs it, and nothing here imports the orchest
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 from model.config_base import Config
+from tasks.artifact_store import artifact_store
 from tasks.fingerprints import canonical_value, differences
-from tasks.manifests import Manifest, check, discarded_reason, identity_fingerprint, manifest_path, read_manifest
+from tasks.manifests import Manifest, check, identity_fingerprint, read_manifest
+from tasks.places import Place, place_of
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 _SHORT = 16
@@ -61,61 +61,59 @@ class Step:
         upstream = [step.fingerprint for step in self.upstream]
         return identity_fingerprint(self.kind, self.name, self.config, upstream, self.code_version)
 
-    def directory(self, root: str | Path) -> Path:
+    def directory(self, root: str | Place) -> Place:
         """Where the artifact lies: `{root}/{kind}/{name}-{fingerprint[:16]}`, or inside the step it is a subdirectory of."""
         if self.subdirectory_of is not None:
             return self.subdirectory_of.directory(root) / self.kind
-        return Path(root) / self.kind / f"{self.name}-{self.fingerprint[:_SHORT]}"
+        return place_of(root) / self.kind / f"{self.name}-{self.fingerprint[:_SHORT]}"
 
-    def is_committed(self, root: str | Path, *, hashes: bool = False) -> bool:
+    def is_committed(self, root: str | Place, *, hashes: bool = False) -> bool:
         """Whether the artifact is there with the sizes (and, with `hashes`, the contents) that its manifest states."""
         return not check(self.directory(root), self.fingerprint, hashes=hashes)
 
-    def closest_earlier(self, root: str | Path) -> Manifest | None:
+    def closest_earlier(self, root: str | Place) -> Manifest | None:
         """The newest committed artifact of the same kind and name with another fingerprint, or None."""
         newest: tuple[int, Manifest] | None = None
-        for directory in self._sibling_directories(Path(root)):
+        for directory in self._sibling_directories(root):
             manifest = read_manifest(directory)
             if manifest is None or (manifest.kind, manifest.name) != (self.kind, self.name):
                 continue
             if manifest.fingerprint == self.fingerprint:
                 continue
             try:
-                written = manifest_path(directory).stat().st_mtime_ns
+                written = artifact_store(directory).manifest_written()
             except FileNotFoundError:
                 continue  # discarded by another run since it was read
             if newest is None or written > newest[0]:
                 newest = (written, manifest)
         return None if newest is None else newest[1]
 
-    def _sibling_directories(self, root: Path) -> Iterator[Path]:
+    def _sibling_directories(self, root: str | Place) -> Iterator[Place]:
         owner = self.subdirectory_of or self
         pattern = re.compile(f"{re.escape(owner.name)}-[0-9a-f]{{{_SHORT}}}")
-        family = root / owner.kind
-        if not family.is_dir():
-            return
-        for directory in sorted(family.iterdir()):
-            if pattern.fullmatch(directory.name) and directory.is_dir():
+        for directory in artifact_store(place_of(root) / owner.kind).children():
+            if pattern.fullmatch(directory.name):
                 yield directory if self.subdirectory_of is None else directory / self.kind
 
-    def explain_miss(self, root: str | Path) -> str:
+    def explain_miss(self, root: str | Place) -> str:
         """Why the step has to run: it never did, a named field changed, or its files are damaged; "" when nothing is wrong.
 
         Looks at sizes only, so it is quick enough for a plan.
         """
         directory = self.directory(root)
-        if os.path.lexists(manifest_path(directory)):
+        store = artifact_store(directory)
+        if store.has_manifest():
             damages = check(directory, self.fingerprint, hashes=False)
             return f"its files are damaged: {'; '.join(map(str, damages))}" if damages else ""
-        if reason := discarded_reason(directory):
+        if reason := store.discarded_reason():
             return reason
-        started = directory.is_dir() and any(directory.iterdir())
+        started = store.is_started()
         if (earlier := self.closest_earlier(root)) is not None:
-            reasons = self._changes_since(earlier, Path(root))
+            reasons = self._changes_since(earlier, root)
             return "; ".join([*reasons, "continues an unfinished run"] if started else reasons)
         return "an earlier run of this step did not finish: it continues" if started else "first run of this step"
 
-    def _changes_since(self, earlier: Manifest, root: Path) -> list[str]:
+    def _changes_since(self, earlier: Manifest, root: str | Place) -> list[str]:
         lines = self._own_changes(earlier) + self._upstream_changes(earlier, root)
         return lines or ["the order of its inputs changed"]
 
@@ -125,7 +123,7 @@ class Step:
             lines.append(f"code_version: {earlier.code_version} -> {self.code_version}")
         return lines
 
-    def _upstream_changes(self, earlier: Manifest, root: Path) -> list[str]:
+    def _upstream_changes(self, earlier: Manifest, root: str | Place) -> list[str]:
         """What changed among the inputs, each cause once and at its root, however many inputs it came through."""
         lines: dict[str, None] = {}
         for step in self.upstream:
@@ -143,7 +141,7 @@ class Step:
         return list(lines)
 
 
-def _manifest_among(step: Step, fingerprints: list[str], root: Path) -> Manifest | None:
+def _manifest_among(step: Step, fingerprints: list[str], root: str | Place) -> Manifest | None:
     """The committed artifact of the same kind and name as `step` whose fingerprint is one of `fingerprints`."""
     for directory in step._sibling_directories(root):
         manifest = read_manifest(directory)

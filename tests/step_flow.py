@@ -19,6 +19,7 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from model.config_base import Config, runtime
 from tasks.artifacts import Artifact
 from tasks.caching import StepOutput, step_task
+from tasks.places import place_of, working_directory
 from tasks.records import StepLeases
 from tasks.steps import Step
 
@@ -76,7 +77,7 @@ def two_steps(root: str, text: str = "alpha", workers: int = 2, force: bool = Fa
 
 def runs(root: str) -> list[str]:
     """The kinds of the bodies that ran, in order."""
-    log = Path(root, "runs.log")
+    log = working_directory(place_of(root)) / "runs.log"
     return [line.split()[0] for line in log.read_text().splitlines()] if log.exists() else []
 
 

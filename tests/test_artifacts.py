@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from model.config_base import Config
-from tasks import artifacts, fingerprints, storage
+from tasks import artifacts, fingerprints, local_artifact, storage
 from tasks.artifacts import (
     Artifact,
     ArtifactDamaged,
@@ -69,7 +69,9 @@ def test_the_manifest_is_written_last(directory: Path, monkeypatch: pytest.Monke
     events: list[str] = []
     for name in ("sync_file", "sync_directory"):
         real = getattr(storage, name)
-        monkeypatch.setattr(artifacts, name, lambda path, real=real, name=name: (events.append(f"{name} {Path(path).name}"), real(path)))
+        for module in (artifacts, local_artifact):
+            patched = lambda path, real=real, name=name: (events.append(f"{name} {Path(path).name}"), real(path))  # noqa: E731
+            monkeypatch.setattr(module, name, patched, raising=False)
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda old, new: (events.append(f"rename {Path(new).name}"), replace(old, new)))
     commit(directory, STEP, stats={}, still_owner=lambda: events.append("still owner?"))

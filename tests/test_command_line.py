@@ -73,7 +73,7 @@ def test_a_batch_that_changes_is_in_the_plan(tmp_path: Path) -> None:
         (["--train.train-seq-len", "4096"], "is longer than model.seq_len"),
         (["--only", "chekpoints"], "--only='chekpoints' matches no step; the steps are raw/plays"),
         (["--force", "("], "is not a regular expression"),
-        (["--root", "gs://bucket"], "only local directories are supported"),
+        (["--root", "s3://bucket"], "artifacts lie in a directory or in gs://bucket/prefix; give one of these"),
         (["--text", "/nowhere/*.txt"], "matches no file"),
         (["--model.hybrid-norm"], "the model could not be exported: model.hybrid_norm=True has no place in a Hugging Face"),
         (["--model.attention-bias", "qkv", "--model.mlp-bias"], "the model could not be exported: no Hugging Face model has"),

@@ -12,8 +12,9 @@ from model.config import LlamaConfig
 from model.train_config import SimpleTrainConfig
 from tasks.config import TrainingStep
 from tasks.datasets import shakespeare_mixture
-from tasks.experiment import default_train, resolve_run, root_directory
+from tasks.experiment import default_train, resolve_run, root_directory, root_place
 from tasks.pipeline import label, run_steps
+from tasks.places import ObjectPath
 from tasks.presets import Preset, preset
 from tasks.steps import Step
 
@@ -100,8 +101,11 @@ def test_where_artifacts_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert root_directory("/elsewhere") == Path("/elsewhere")
     monkeypatch.delenv("PREFECT_LLAMA_ROOT")
     assert root_directory(None) == Path.cwd() / "artifacts"
-    with pytest.raises(ValueError, match="only local directories"):
+    assert root_place("gs://bucket/x") == ObjectPath("bucket", "x")
+    with pytest.raises(ValueError, match=r"--root=gs://bucket/x: this works in a directory only"):
         root_directory("gs://bucket/x")
+    with pytest.raises(ValueError, match=r"--root=s3://bucket/x: .* give one of these"):
+        root_place("s3://bucket/x")
 
 
 def test_an_experiment_file_plans_without_anything_heavy(tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_a_waiter_that_was_suspended_does_not_count_the_time_it_did_not_look(key
     monkeypatch.setattr(time, "sleep", lambda _: None)
     looks: list[Lease | None] = []
     real = lease_store.newest
-    monkeypatch.setattr("tasks.leases.newest", lambda key: looks.append(real(key)) or looks[-1])
+    monkeypatch.setattr("tasks.lease_store.newest", lambda key: looks.append(real(key)) or looks[-1])
     assert manager().acquire_lock(key, "me")
     assert len(looks) >= EXPIRY / (2 * POLL)
 
@@ -219,7 +219,7 @@ def test_in_a_read_only_place_there_is_no_lease_but_what_is_committed_can_be_rea
     def refuse(*_, **__):
         raise StorageError(30, "read-only")
 
-    monkeypatch.setattr("tasks.leases.grant", refuse)
+    monkeypatch.setattr("tasks.lease_store.grant", refuse)
     locks = manager(tell=lambda level, message: told.append(message))
     assert locks.acquire_lock(key, "me")
     assert "can only be reused" in told[0]
@@ -232,7 +232,7 @@ def test_a_full_disk_is_an_error(key: str, monkeypatch: pytest.MonkeyPatch):
     def refuse(*_, **__):
         raise StorageError(28, "full")
 
-    monkeypatch.setattr("tasks.leases.grant", refuse)
+    monkeypatch.setattr("tasks.lease_store.grant", refuse)
     with pytest.raises(StorageError, match="full"):
         manager().acquire_lock(key, "me")
 
