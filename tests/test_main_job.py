@@ -106,7 +106,8 @@ def saved_step(output: str) -> int:
     return int(found.group(1))
 
 
-@pytest.mark.parametrize("stop", [MainJob.interrupt, pytest.param(lambda job: job.process.terminate(), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [MainJob.interrupt, lambda job: job.process.terminate()])
 def test_asked_to_stop_in_training_it_saves_and_continues_there(
     stop: Callable[[MainJob], None], untrained: Path, finished: Path, home: Path
 ) -> None:
@@ -164,7 +165,8 @@ def victims(root: Path) -> list[Path]:
     return [*data, arrays, job / "metrics.jsonl", job / "samples.jsonl", job / "loss.png", job / "hf" / "model.safetensors"]
 
 
-@pytest.mark.parametrize("injury", [flip, pytest.param(empty, marks=pytest.mark.slow), pytest.param(Path.unlink, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("injury", [flip, empty, Path.unlink])
 def test_damaged_files_are_named_and_made_again(injury: Callable[[Path], None], copy: Path, finished: Path, home: Path) -> None:
     hurt = victims(copy)
     assert len(hurt) == 10
@@ -240,6 +242,7 @@ def test_of_two_at_once_one_trains_and_the_other_reuses(homes: int, untrained: P
     assert_same_outcome(untrained, finished)
 
 
+@pytest.mark.slow
 def test_a_trainer_killed_for_its_memory_fails_the_run_and_says_so(untrained: Path, home: Path) -> None:
     job = MainJob(untrained, home)
     job.until("step 1/")

@@ -66,7 +66,7 @@ def on_one_device(tied: bool, variant: bool = False) -> tuple[LlamaConfig, dict,
         ({"data": 2, "tensor": 2}, False, False),
         ({"context": 2, "tensor": 2}, False, False),
         ({"fsdp_ring": 2, "tensor": 2}, True, False),
-        ({"context": 2, "tensor": 2}, False, True),
+        pytest.param({"context": 2, "tensor": 2}, False, True, marks=pytest.mark.slow),
     ],
 )
 def test_sharded_loss_and_gradients_equal_one_device(sizes: dict[str, int], tied: bool, variant: bool) -> None:

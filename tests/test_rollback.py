@@ -88,6 +88,7 @@ def test_before_its_first_checkpoint_it_goes_back_to_where_it_began(mixture: Pat
     assert [(one["step"], one["rows"]) for one in skipped] == [(8, 24)]
 
 
+@pytest.mark.slow
 def test_twice_over_as_many_rows_from_one_checkpoint(mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "expected").mkdir()
     skip_data(tmp_path / "expected", 4, 48, "both")

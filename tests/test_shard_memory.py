@@ -94,6 +94,7 @@ def test_long_documents_for_the_tokenizers_library(tmp_path: Path) -> None:
     assert shards_in_child(tmp_path, *shards) == [[2, {}], [2, {}], [1, {"too_long": 1}]]
 
 
+@pytest.mark.slow
 def test_long_documents_for_sentencepiece(tmp_path: Path) -> None:
     write_texts(tmp_path, ALMOST_16_MIB, "characters", "digits", "run")
     shards = [("model", "characters", "auto"), ("model", "digits", "none"), ("model", "run", "auto")]

@@ -80,7 +80,7 @@ def test_errors_are_told_by_kind(tmp_path: Path, capsys: pytest.CaptureFixture[s
     monkeypatch.setattr(tokenize_worker, "_write_shard", _full)
     assert tokenize_worker.main([str(tmp_path / "spec.json")]) == 1
     event = events(capsys)[-1]
-    assert (event["kind"], event["errno"], event["message"]) == ("storage", 28, "No space left on device: tokens.bin")
+    assert (event["event"], event["errno"], event["message"]) == ("error", 28, "No space left on device: tokens.bin")
 
 
 def test_a_spec_names_one_source() -> None:
