@@ -63,7 +63,9 @@ class Checkpoints:
         wait_for_all("checkpoints verified")
         self._keep_every = keep_every
         # Without a limit a checkpoint is kept for ever from the day it was saved, whatever the cadence is by now.
-        promised = [] if max_to_keep is not None else [step for step in steps_in(directory) if _is_promised(directory / str(step))]
+        # Those of today's cadence stay anyway, so that a start reads only the records of the others.
+        others = [step for step in steps_in(directory) if step % keep_every] if max_to_keep is None else []
+        promised = [step for step in others if _is_promised(directory / str(step))]
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
             options=ocp.CheckpointManagerOptions(

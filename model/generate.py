@@ -144,9 +144,8 @@ def stream(
     prompts_BP = np.zeros((len(prompts), padded_length), np.int32)
     for row, prompt in enumerate(prompts):
         prompts_BP[row, padding_B[row] :] = prompt
-    # A backend that was forced for training has its own idea of lengths: prompts take whichever fits them.
-    config = config.model_copy(update={"attn_backend": "auto"})
-    settings = _Settings(config, max_new_tokens, temperature == 0, num_ids, compute_dtype, _mesh_of(params))
+    free = config.model_copy(update={"attn_backend": "auto"})  # one forced for training may not take the length of a prompt
+    settings = _Settings(free, max_new_tokens, temperature == 0, num_ids, compute_dtype, _mesh_of(params))
     stop = np.int32(-1 if eos_id is None else eos_id)
     sampling = _Sampling(np.float32(temperature), np.float32(top_p), np.uint32(seed), stop)
     return _blocks(settings, params, prompts_BP, padding_B, sampling, block)

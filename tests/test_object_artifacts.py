@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from model.config_base import Config
-from tasks import object_artifact, object_requests, objects
+from tasks import object_artifact, objects
 from tasks.artifacts import (
     Artifact,
     ArtifactDamaged,
@@ -29,10 +29,9 @@ from tasks.artifacts import (
 )
 from tasks.audit import adopt, verify_tree
 from tasks.places import ObjectPath, Place, working_directory
-from tasks.sources.request_limits import RetryRule
 from tasks.steps import Step
 from tasks.storage import StorageError
-from tests.object_store import BUCKET, faulty_proxy, object_store, one_in_five
+from tests.object_store import BUCKET, faulty_proxy, object_store, one_in_five, use_store
 
 
 class Reading(Config):
@@ -51,8 +50,7 @@ def server() -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def emulator(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", server)
-    monkeypatch.setattr(object_requests, "RULE", RetryRule(attempts=10, first_seconds=0.02, longest_seconds=0.1))
+    use_store(monkeypatch, server)
 
 
 @pytest.fixture

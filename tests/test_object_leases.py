@@ -12,13 +12,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from tasks import object_requests, objects
+from tasks import objects
 from tasks.lease_store import Lease
 from tasks.leases import LeaseLockManager, LeaseLost, store_of
 from tasks.object_leases import beat, give_back, grant, lease_object, newest, restore
-from tasks.sources.request_limits import RetryRule
 from tasks.storage import StorageError
-from tests.object_store import BUCKET, faulty_proxy, object_store, one_in_five
+from tests.object_store import BUCKET, faulty_proxy, object_store, one_in_five, use_store
 from tests.test_leases_processes import EXPIRY, HEARTBEAT, POLL, manager, start_holder
 
 
@@ -30,8 +29,7 @@ def server() -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def emulator(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", server)
-    monkeypatch.setattr(object_requests, "RULE", RetryRule(attempts=10, first_seconds=0.02, longest_seconds=0.1))
+    use_store(monkeypatch, server)
 
 
 @pytest.fixture(autouse=True)

@@ -14,9 +14,8 @@ import pytest
 from tasks import object_requests, objects
 from tasks.object_requests import PreconditionFailed
 from tasks.places import ObjectPath, place_of, working_directory
-from tasks.sources.request_limits import RetryRule
 from tasks.storage import StorageError
-from tests.object_store import BUCKET, faulty_proxy, object_store, one_in_five
+from tests.object_store import BUCKET, faulty_proxy, object_store, one_in_five, use_store
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +26,7 @@ def server() -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def emulator(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", server)
-    monkeypatch.setattr(object_requests, "RULE", RetryRule(attempts=10, first_seconds=0.02, longest_seconds=0.1))
+    use_store(monkeypatch, server)
 
 
 @pytest.fixture

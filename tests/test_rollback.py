@@ -48,6 +48,18 @@ def job(directory: Path, mixture: Path, **changes: Any) -> TrainingJob:
     return TrainingJob.model_validate_json(path.read_text())
 
 
+def mixture_that_ends(place: Path) -> tuple[Path, int]:
+    """A mixture of one epoch, and how many steps of 8 rows it has."""
+    ends = make_mixture(place)
+    content = json.loads((ends / "mixture.json").read_text())
+    for component in content["components"]:
+        component["max_epochs"] = 1
+    (ends / "mixture.json").write_text(json.dumps(content))
+    last = BatchLoader(ends, seq_len=32, global_batch_size=8, seed=0).num_steps
+    assert last is not None
+    return ends, last
+
+
 def poison(monkeypatch: pytest.MonkeyPatch, *rows: int) -> None:
     """Batches that hold one of these rows of the order have no finite loss."""
     batch_of = DataPosition.batch
@@ -168,13 +180,7 @@ def test_what_cannot_be_taken_back_is_refused(mixture: Path, tmp_path: Path) -> 
 
 
 def test_going_back_past_the_end_of_the_data_is_refused_before_anything_changes(tmp_path: Path) -> None:
-    ends = make_mixture(tmp_path / "data")
-    content = json.loads((ends / "mixture.json").read_text())
-    for component in content["components"]:
-        component["max_epochs"] = 1
-    (ends / "mixture.json").write_text(json.dumps(content))
-    last = BatchLoader(ends, seq_len=32, global_batch_size=8, seed=0).num_steps
-    assert last is not None
+    ends, last = mixture_that_ends(tmp_path / "data")
     run = tmp_path / "run"
     path = write_job(run, ends, train_batch_size=8, num_train_steps=last, steps_per_export=4)
     told = TrainingJob.model_validate_json(path.read_text())
@@ -208,13 +214,7 @@ def test_a_file_of_skipped_data_that_was_edited_is_refused(mixture: Path, tmp_pa
 
 
 def test_it_does_not_go_back_past_the_end_of_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ends = make_mixture(tmp_path / "data")
-    content = json.loads((ends / "mixture.json").read_text())
-    for component in content["components"]:
-        component["max_epochs"] = 1
-    (ends / "mixture.json").write_text(json.dumps(content))
-    last = BatchLoader(ends, seq_len=32, global_batch_size=8, seed=0).num_steps
-    assert last is not None
+    ends, last = mixture_that_ends(tmp_path / "data")
     path = write_job(tmp_path / "run", ends, train_batch_size=8, num_train_steps=last, steps_per_export=1000, max_rollbacks=3)
     poison(monkeypatch, 20)
     with pytest.raises(NonFiniteLoss, match="step 3"):
