@@ -23,7 +23,7 @@ from model.config_base import nearest
 from tasks.config import RunConfig
 from tasks.datasets import OWN_TEXT, Reading, own_text_mixture
 from tasks.experiment import root_place
-from tasks.planning import Plan, check_trainable, component_rows, plan_lines, plan_rows, plan_run
+from tasks.planning import Plan, component_rows, plan_lines, plan_rows, plan_run
 from tasks.preflight import check_accelerator, preflight, preflight_lines, refuse_what_does_not_fit
 from tasks.presets import Preset, preset
 
@@ -116,7 +116,6 @@ def _run(arguments: Arguments, preset_name: str | None) -> int:
     if arguments.plan:
         _print_preflight(plan)
         return 0
-    check_trainable(plan)
     check_accelerator(config.name, plan.model, config.train, tell=_tell, pool=config.pool)
 
     from flows.temporary_server import use_temporary_server

@@ -12,6 +12,7 @@ from prefect import flow
 from prefect.states import Crashed, State
 
 from model.job import TrainingJob
+from tasks.bucket_runs import on_this_machine
 from tasks.children import ChildFailed, allow_children
 from tasks.trainer_child import run_trainer
 
@@ -27,7 +28,7 @@ def pretrain(job: TrainingJob) -> State[Any] | None:
     """
     allow_children()
     try:
-        run_trainer(job)
+        run_trainer(on_this_machine(job))
     except ChildFailed as failed:
         if failed.named:
             raise

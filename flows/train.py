@@ -43,7 +43,7 @@ from tasks.download import download
 from tasks.experiment import default_train, resolve_run, root_place
 from tasks.export import export_hf
 from tasks.mixture import mix
-from tasks.planning import Plan, check_trainable, plan_run
+from tasks.planning import Plan, plan_run
 from tasks.preflight import check_accelerator
 from tasks.presets import Preset
 from tasks.run_report import publish_plan, publish_summary
@@ -132,7 +132,6 @@ def train_llama(
         pool=pool,
     )
     plan = plan_run(config, root_place(root), only=only, force=tuple(force or ()))
-    check_trainable(plan)
     check_accelerator(config.name, plan.model, config.train, tell=get_run_logger().info, pool=config.pool)
     publish_plan(plan)
     artifacts = run_plan(plan)

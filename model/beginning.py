@@ -33,7 +33,7 @@ def begin(job: TrainingJob, config: LlamaConfig, mesh: Mesh, checkpoints: Checkp
     Raises:
         ValueError: the newest checkpoint is another run's, with the fields that differ; or what the run is to start from does not fit.
     """
-    skipped = read_skipped_data(job.directory)
+    skipped = read_skipped_data(job.shared)
     if checkpoints.latest_step() is None:
         if job.train.initialize_from_checkpoint_path is None and job.train.initialize_from_hf is None:
             return Beginning(init_state(config, job.train, mesh), skipped, None)
@@ -45,7 +45,7 @@ def begin(job: TrainingJob, config: LlamaConfig, mesh: Mesh, checkpoints: Checkp
     abstract = abstract_state(config, job.train, mesh)
     _check_stored(checkpoints, abstract, job)
     state = TrainState(*checkpoints.restore(abstract))
-    return Beginning(state, _jumps(progress, skipped, job.directory), progress["data"])
+    return Beginning(state, _jumps(progress, skipped, job.shared), progress["data"])
 
 
 def _check_stored(checkpoints: Checkpoints, abstract: Any, job: TrainingJob) -> None:

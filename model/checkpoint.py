@@ -4,10 +4,12 @@ rename that makes them visible, and a resume takes the newest one whose every by
     checkpoints/<step>/state/...      the arrays (OCDBT)
     checkpoints/<step>/progress/...   JSON: the step, the data position, what the data and model were
     checkpoints/<step>/hashes.json    size and sha256 of every file
+    checkpoints/<step>/curves/...     in a bucket, JSON: the curves up to the step, for a host that begins with an empty disk
 
 Those of multiples of `keep_every` steps stay, also when a later attempt asks for other multiples; of the others (by the clock, on
 request, at a stop) the newest two. One that has to go is deleted only when the next is committed. On several hosts process 0
-verifies and hashes; the directory is one that all of them see.
+verifies and hashes; the directory is one that all of them see, on a disk or in a bucket. In a bucket, where nothing can be renamed,
+a file that is written last makes a checkpoint visible, and the hashes go in before it.
 """
 
 from __future__ import annotations
@@ -17,13 +19,14 @@ import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as preservation
 from orbax.checkpoint.path import atomicity
 
+from model.buckets import in_bucket, set_aside
 from model.checkpoint_files import CheckpointError, checkpoint_damage, steps_in, write_hashes
 from model.distributed import is_leader, wait_for_all
 from model.train_config import NEWEST_CHECKPOINTS
@@ -43,6 +46,17 @@ class HashedTemporaryPath(atomicity.AtomicRenameTemporaryPath):
     async def finalize(self) -> None:
         """Hashes every file, then lets Orbax rename the directory into place."""
         await asyncio.to_thread(write_hashes, Path(str(self.get())))
+        await super().finalize()
+
+
+class HashedBucketPath(atomicity.CommitFileTemporaryPath):
+    """The same in a bucket, where Orbax commits with a file of its own."""
+
+    async def finalize(self) -> None:
+        """Writes down what the bucket states about every file, then lets Orbax write the file that commits."""
+        directory = cast(Path, self.get())
+        if directory.name.isdigit():  # what a checkpoint is made of is committed in the same way, and before it
+            await asyncio.to_thread(write_hashes, directory)
         await super().finalize()
 
 
@@ -67,7 +81,7 @@ class Checkpoints:
         others = [step for step in steps_in(directory) if step % keep_every] if max_to_keep is None else []
         promised = [step for step in others if _is_promised(directory / str(step))]
         self._manager = ocp.CheckpointManager(
-            directory.absolute(),
+            _absolute(directory),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=preservation.AnyPreservationPolicy(
                     [
@@ -78,11 +92,12 @@ class Checkpoints:
                 ),
                 enable_async_checkpointing=True,
                 cleanup_tmp_directories=True,
-                temporary_path_class=HashedTemporaryPath,
+                temporary_path_class=HashedBucketPath if in_bucket(directory) else HashedTemporaryPath,
             ),
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(save_concurrent_gb=CONCURRENT_GB, restore_concurrent_gb=CONCURRENT_GB),
                 "progress": ocp.JsonCheckpointHandler(),
+                "curves": ocp.JsonCheckpointHandler(),
             },
         )
 
@@ -93,11 +108,11 @@ class Checkpoints:
             damage = checkpoint_damage(path)
             if damage is None:
                 return
-            aside = self.directory / f"damaged-{step}-{time.time_ns()}"
-            path.rename(aside)
-            self.skipped.append(f"checkpoint {step} is not used: {damage} (kept as {aside.name})")
+            aside = f"damaged-{step}-{time.time_ns()}"
+            set_aside(path, aside)
+            self.skipped.append(f"checkpoint {step} is not used: {damage} (kept as {aside})")
             _logger.warning(self.skipped[-1])
-        if any(self.directory.glob("damaged-*")):
+        if self.directory.is_dir() and any(path.name.startswith("damaged-") for path in self.directory.iterdir()):
             raise CheckpointError(
                 f"no checkpoint in {self.directory} can be used and training does not start over by itself: "
                 + "; ".join(self.skipped or ["every checkpoint was set aside as damaged before"])
@@ -123,13 +138,21 @@ class Checkpoints:
     def _restored(self, **items: Any) -> Any:
         return self._manager.restore(self.latest_step(), args=ocp.args.Composite(**items))
 
-    def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
+    def curves(self) -> dict[str, str]:
+        """The curves up to `latest_step`, by file name; none where they were not saved with it."""
+        step = self.latest_step()
+        if step is None or not (self.directory / str(step) / "curves").is_dir():
+            return {}
+        return self._restored(curves=ocp.args.JsonRestore())["curves"]
+
+    def save(self, step: int, state: Any, progress: dict[str, Any], curves: dict[str, str] | None = None) -> None:
         """Starts saving in the background. Waits only for a save still under way; raises what that one failed with."""
         if step != self.latest_step():
             record = {**progress, KEPT: step % self._keep_every == 0}
-            self._manager.save(
-                step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(record)), force=True
-            )
+            items: dict[str, Any] = {"state": ocp.args.StandardSave(state), "progress": ocp.args.JsonSave(record)}
+            if curves is not None:
+                items["curves"] = ocp.args.JsonSave(curves)
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def wait(self) -> None:
         """Blocks until every save is committed. Raises what a background save failed with."""
@@ -139,6 +162,10 @@ class Checkpoints:
         """Waits for the saves and lets Orbax go."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _absolute(path: Path) -> Path:
+    return path if in_bucket(path) else path.absolute()
 
 
 def _is_promised(directory: Path) -> bool:
@@ -174,12 +201,12 @@ def restore_leaves(directory: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) 
         tree = _stored_tree(checkpointer, directory)
         chosen = jax.tree_util.tree_map_with_path(lambda path, _: wanted.get(_name(path), ocp.PLACEHOLDER), tree)
         arguments = ocp.args.PyTreeRestore(chosen, restore_args=ocp.checkpoint_utils.construct_restore_args(chosen))
-        restored = named_leaves(checkpointer.restore((directory / "state").absolute(), args=arguments))
+        restored = named_leaves(checkpointer.restore(_absolute(directory / "state"), args=arguments))
     return {name: restored[name] for name in wanted}
 
 
 def _stored_tree(checkpointer: Any, directory: Path) -> Any:
-    return checkpointer.metadata((directory / "state").absolute()).item_metadata.tree
+    return checkpointer.metadata(_absolute(directory / "state")).item_metadata.tree
 
 
 def read_progress(directory: Path) -> dict[str, Any]:
@@ -190,7 +217,7 @@ def read_progress(directory: Path) -> dict[str, Any]:
     """
     try:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-            return checkpointer.restore((directory / "progress").absolute())
+            return checkpointer.restore(_absolute(directory / "progress"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{directory} cannot be used, its record is not there or damaged ({error}): take another step") from error
 

@@ -42,8 +42,13 @@ def write_durably(path: Path, data: bytes, *, sync_name: bool = True) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as JSON with sorted keys, so that equal values are equal bytes."""
-    write_durably(path, (json.dumps(value, sort_keys=True, indent=1) + "\n").encode())
+    """Writes `value` as `json_text`."""
+    write_durably(path, json_text(value).encode())
+
+
+def json_text(value: Any) -> str:
+    """`value` as JSON with sorted keys, so that equal values are equal bytes."""
+    return json.dumps(value, sort_keys=True, indent=1) + "\n"
 
 
 def sync_directory(directory: Path) -> None:

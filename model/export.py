@@ -14,7 +14,7 @@ from model.checkpoint import restore_params
 from model.child import die_with_parent, emit_error
 from model.hf import save_hf
 from model.job import TrainingJob
-from model.mixture_store import MixtureStore
+from model.mixture_store import MixtureTokenizer
 from model.parameters import param_shapes
 
 
@@ -24,14 +24,14 @@ def export(job: TrainingJob, directory: Path, dtype: Literal["float32", "bfloat1
     Raises:
         CheckpointError: the checkpoint is damaged.
     """
-    tokenizer = MixtureStore.open(job.mixture).tokenizer
+    tokenizer = MixtureTokenizer.read(job.mixture)
     config = job.model.with_vocab(tokenizer.vocab_size)
     shardings = partitioning.param_shardings(config, partitioning.make_mesh())
     abstract = jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), param_shapes(config), shardings
     )
     field = "params" if job.train.ema_beta is None else "ema_params"
-    params = restore_params(job.directory / "checkpoints" / str(job.train.num_train_steps), abstract, field=field)
+    params = restore_params(job.checkpoints / str(job.train.num_train_steps), abstract, field=field)
     save_hf(directory, config, params, tokenizer.path, dtype=dtype)
 
 

@@ -159,7 +159,7 @@ class CheckpointHook(Periodic):
         """Saves the state with the data position and what the data and the run are."""
         trainer.metrics.sync()
         trainer.samples.sync()
-        trainer.checkpoints.save(trainer.step, trainer.state, trainer.progress())
+        trainer.checkpoints.save(trainer.step, trainer.state, trainer.progress(), trainer.curves())
         trainer.requests.served()
         emit("saving", step=trainer.step)
 

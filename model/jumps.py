@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from model.durable import write_json
+from model.buckets import write_everywhere
 
 SKIPPED_DATA = "skipped-data.json"
 
@@ -43,7 +43,7 @@ def skip_data(directory: Path, step: int, rows: int, why: str, *, asked_for: boo
         ValueError: the file is damaged.
     """
     entry = {"step": step, "rows": rows, "why": why, "asked_for": asked_for}
-    write_json(directory / SKIPPED_DATA, {"skipped": [*_entries(directory), entry]})
+    write_everywhere(directory / SKIPPED_DATA, {"skipped": [*_entries(directory), entry]})
 
 
 def _entries(directory: Path) -> list[dict[str, Any]]:

@@ -48,6 +48,11 @@ class MixtureTokenizer:
         """
         if (found := read_committed(directory)["fingerprint"]) != fingerprint:
             raise StoreError(f"{directory} is the mixture {found[:16]}, not {fingerprint[:16]}")
+        return cls.read(directory)
+
+    @classmethod
+    def read(cls, directory: Path) -> MixtureTokenizer:
+        """The tokenizer that the mixture in `directory` names. Raises StoreError where that cannot be read."""
         try:
             return cls.of(directory, json.loads((directory / MIXTURE_FILE).read_text(encoding="utf-8"))["tokenizer"])
         except (OSError, ValueError, KeyError, TypeError) as error:

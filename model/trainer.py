@@ -20,6 +20,7 @@ from model.batches import BatchLoader
 from model.beginning import begin
 from model.checkpoint import Checkpoints
 from model.child import emit
+from model.curves import curves_until, put_curves_back
 from model.data_position import DataPosition
 from model.distributed import is_leader, leaders_word, records_directory
 from model.feed import BatchFeed
@@ -64,9 +65,7 @@ class Trainer:
         self.requests = Requests(job.directory, self.mesh, minutes_between_saves=job.train.minutes_per_checkpoint)
 
         loader = BatchLoader(self.mixture, seq_len=self.seq_len, global_batch_size=job.train.train_batch_size, seed=job.train.loader_seed)
-        self.checkpoints = Checkpoints(
-            job.directory / "checkpoints", keep_every=job.train.steps_per_export, max_to_keep=job.train.max_checkpoints
-        )
+        self.checkpoints = Checkpoints(job.checkpoints, keep_every=job.train.steps_per_export, max_to_keep=job.train.max_checkpoints)
         self.state: Any
         self.state, jumps, where, self.notes = begin(job, self.config, self.mesh, self.checkpoints, loader)
         self.first_step = self.step = self._dispatched = int(self.state.step)
@@ -102,6 +101,9 @@ class Trainer:
     def _open_records(self) -> None:
         """The curves, the samples and the trackers, cut back to the step where the run goes on."""
         self.records = records_directory(self.job.directory)
+        saved = self.checkpoints.curves() if self.job.bucket is not None else {}
+        for name in put_curves_back(self.records, saved) if is_leader() else ():
+            tell(f"{name} is restored from the checkpoint of step {self.step}")
         trackers = open_trackers(
             self.job.track if is_leader() else (),
             self.records,
@@ -131,6 +133,12 @@ class Trainer:
             "data": self.data.state(self.step),
             "jumps": self.data.jumps,
         }
+
+    def curves(self) -> dict[str, str] | None:
+        """The curves so far, where a checkpoint has to keep them: a slice's hosts and their disks are gone when it is preempted."""
+        if self.job.bucket is None:
+            return None
+        return curves_until(self.job.directory, self.step) if is_leader() else {}
 
     def run(self) -> bool:
         """Trains to the last step. False when it was asked to stop, after saving."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import Any
 
 import jax
 
+from model.buckets import remove_tree
 from model.child import STOPPED, die_with_parent, emit, emit_error
 from model.distributed import is_leader, join_processes, wait_for_all
 from model.flops import CHIPS, chip_of, num_parameters
@@ -43,11 +43,11 @@ def main(job_file: Path) -> int:
         job = TrainingJob.model_validate_json(job_file.read_text(encoding="utf-8"))
         join_processes(job.train)
         check_devices(job.train)
-        keep_compiled_programs(job.directory)
+        keep_compiled_programs(job.shared)
         trainer = train(job, signals, began)
         done = trainer.step == trainer.last_step
         if done and is_leader():
-            shutil.rmtree(job.directory / COMPILED, ignore_errors=True)  # nobody continues a finished run
+            remove_tree(job.shared / COMPILED)  # nobody continues a finished run
         emit("done" if done else "stopped", step=trainer.step)
         status = 0 if done else STOPPED
         if trainer.trackers_hang:
@@ -83,7 +83,7 @@ def go_back(trainer: Trainer, error: NonFiniteLoss) -> None:
     Raises:
         NonFiniteLoss: that was done as often as `train.max_rollbacks` allows.
     """
-    done, allowed = num_rollbacks(trainer.job.directory), trainer.job.train.max_rollbacks
+    done, allowed = num_rollbacks(trainer.job.shared), trainer.job.train.max_rollbacks
     if done >= allowed:
         raise error
     step = trainer.last_good_step()
@@ -95,7 +95,7 @@ def go_back(trainer: Trainer, error: NonFiniteLoss) -> None:
         raise error from None
     wait_for_all("all know how often it went back")
     if is_leader():
-        skip_data(trainer.job.directory, step, rows, str(error))
+        skip_data(trainer.job.shared, step, rows, str(error))
     wait_for_all("what to skip is written")
     tell(f"{error}. Going back to step {step} and over the {rows:,} rows since then ({done + 1} of train.max_rollbacks={allowed})")
 
@@ -160,7 +160,7 @@ def describe(trainer: Trainer, seconds: float) -> dict[str, Any]:
         "microbatches": trainer.batch.num_microbatches,
         "decayed": decayed_names(trainer.state.params),
         "held_out": list(trainer.mixture.validation_names()),
-        "skipped_rows": sum(jump.rows for jump in read_skipped_data(trainer.job.directory)),
+        "skipped_rows": sum(jump.rows for jump in read_skipped_data(trainer.job.shared)),
         "planned": trainer.data.loader.planned(trainer.last_step),
         "start_up_seconds": seconds,
     }

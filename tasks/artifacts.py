@@ -143,6 +143,7 @@ def commit(
     step: Step,
     *,
     files: Iterable[str | Path] | None = None,
+    stored: Iterable[FileEntry] = (),
     stats: dict[str, Any],
     still_owner: Callable[[], None] | None = None,
 ) -> Artifact:
@@ -150,6 +151,7 @@ def commit(
 
     directory: where the artifact is to lie. In a bucket, the files are in its working directory and are brought there.
     files: paths inside the directory, relative or absolute; by default `list_files(directory)`.
+    stored: files that are in the bucket already and only there.
     still_owner: raises if this process has meanwhile lost the right to write here; called just before the manifest appears.
     Raises ArtifactError for a file outside `directory`, StorageError for a full or read-only disk.
     """
@@ -170,7 +172,7 @@ def commit(
         config=canonical_value(step.config),
         upstream=[upstream.fingerprint for upstream in step.upstream],
         code_version=step.code_version,
-        files=entries,
+        files=[*entries, *stored],
         stats=plain_stats,
         created_by=_created_by(),
     )

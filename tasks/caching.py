@@ -22,6 +22,7 @@ from tasks.artifact_store import artifact_store
 from tasks.artifacts import (
     Artifact,
     ArtifactError,
+    FileEntry,
     brought_here,
     check,
     check_writable,
@@ -42,10 +43,14 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What a body returns when it chooses the artifact's files itself; `files` None means everything in the directory."""
+    """What a body returns when it chooses the artifact's files itself; `files` None means everything in the directory.
+
+    stored: what it wrote straight into the bucket where the artifact is to lie.
+    """
 
     stats: dict[str, Any]
     files: Iterable[str | Path] | None = None
+    stored: Iterable[FileEntry] = ()
 
 
 StepBody = Callable[[Step, Path, tuple[Artifact, ...]], StepOutput | Mapping[str, Any]]
@@ -133,7 +138,7 @@ def run_step(body: StepBody, step: Step, root: str, inputs: Iterable[Artifact]) 
         _still_owner.reset(token)
     if not isinstance(output, StepOutput):
         output = StepOutput(dict(output))
-    return commit(directory, step, files=output.files, stats=output.stats, still_owner=still_owner)
+    return commit(directory, step, files=output.files, stored=output.stored, stats=output.stats, still_owner=still_owner)
 
 
 def _verified_inputs(step: Step, inputs: tuple[Artifact, ...]) -> tuple[Artifact, ...]:

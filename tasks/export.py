@@ -7,9 +7,11 @@ from pathlib import Path
 
 from model.durable import write_json
 from tasks.artifacts import Artifact
+from tasks.bucket_runs import fetch_mixture
 from tasks.caching import StepOutput, step_task
 from tasks.children import run_child
 from tasks.config import ExportConfig
+from tasks.places import ObjectPath
 from tasks.steps import Step
 from tasks.training import training_job
 
@@ -24,6 +26,8 @@ def export_body(step: Step, directory: Path, inputs: tuple[Artifact, ...]) -> St
     config = step.config
     assert isinstance(config, ExportConfig)
     job = training_job(step.upstream[0], Path(checkpoint.path), mixture)
+    if job.mixture_bucket is not None:
+        fetch_mixture(ObjectPath.parse(job.mixture_bucket), tokens=False)
     with tempfile.TemporaryDirectory() as place:  # the exported directory is for others: nothing of ours in it
         job_file = Path(place) / "job.json"
         write_json(job_file, job.model_dump(mode="json"))

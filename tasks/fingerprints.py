@@ -115,13 +115,13 @@ def _short(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
 
 
-def file_digest(path: str | Path) -> str:
-    """The sha256 of a file's bytes, 64 hexadecimal digits, read in pieces of 1 MiB.
+def file_digest(path: str | Path, algorithm: str = "sha256") -> str:
+    """The digest of a file's bytes, in hexadecimal, read in pieces of 1 MiB.
 
     Refuses to follow a symbolic link at the last component, so that what is hashed is what was listed (OSError).
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    digest = hashlib.sha256()
+    digest = hashlib.new(algorithm)
     with os.fdopen(descriptor, "rb", buffering=0) as file:
         while block := file.read(_READ_BYTES):
             digest.update(block)

@@ -76,8 +76,9 @@ class LocalArtifact:
                 return Damage(entry.path, "is not a regular file inside the artifact")
             if status.st_size != entry.bytes:
                 return Damage(entry.path, f"has {status.st_size:,} bytes instead of {entry.bytes:,}")
-            if hashes and (manifests.digest_once(path) if remember else fingerprints.file_digest(path)) != entry.sha256:
-                return Damage(entry.path, "has other contents than when it was committed (its sha256 differs)")
+            digest = manifests.digest_once if remember else fingerprints.file_digest
+            if hashes and digest(path, entry.algorithm) != entry.digest:
+                return Damage(entry.path, manifests.other_contents(entry))
         except (FileNotFoundError, NotADirectoryError):
             return Damage(entry.path, "is missing")
         except OSError as error:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
 
 from tasks import fingerprints
 from tasks.artifact_store import artifact_store
@@ -23,7 +23,7 @@ MAX_MANIFEST_BYTES = 64 << 20
 SETTLED_NANOSECONDS = 2_000_000_000
 
 _SHA256 = r"^[0-9a-f]{64}$"
-_digests: dict[tuple[str, int, int, int, int], str] = {}
+_digests: dict[tuple[str, str, int, int, int, int], str] = {}
 
 
 def identity_fingerprint(kind: str, name: str, config: Any, upstream: list[str], code_version: str) -> str:
@@ -37,13 +37,37 @@ def identity_fingerprint(kind: str, name: str, config: Any, upstream: list[str],
 
 
 class FileEntry(BaseModel):
-    """One file of an artifact: its path relative to the directory, size in bytes, and sha256 in hexadecimal."""
+    """One file of an artifact: its path relative to the directory, size in bytes, and sha256 in hexadecimal.
+
+    A file that was written straight into a bucket, as checkpoints are, has the MD5 that Google keeps of it instead, and stays there.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     path: str
     bytes: int = Field(ge=0)
-    sha256: str = Field(pattern=_SHA256)
+    sha256: str | None = Field(default=None, pattern=_SHA256)
+    md5: str | None = Field(default=None, pattern=r"^[0-9a-f]{32}$")
+
+    @model_validator(mode="after")
+    def _one_digest(self) -> FileEntry:
+        if (self.sha256 is None) == (self.md5 is None):
+            raise ValueError(f"{self.path[:80]!r} needs a sha256 or an md5")
+        return self
+
+    @property
+    def algorithm(self) -> str:
+        """By what it is compared."""
+        return "sha256" if self.md5 is None else "md5"
+
+    @property
+    def digest(self) -> str:
+        """The digest, in hexadecimal, by `algorithm`."""
+        return self.sha256 or self.md5 or ""
+
+    @model_serializer
+    def _without_the_other(self) -> dict[str, Any]:
+        return {"path": self.path, "bytes": self.bytes, self.algorithm: self.digest}
 
     @field_validator("path")
     @classmethod
@@ -75,6 +99,10 @@ class Manifest(BaseModel):
         if self.fingerprint != identity_fingerprint(self.kind, self.name, self.config, self.upstream, self.code_version):
             raise ValueError("the fingerprint is not that of its kind, name, config, upstream and code_version")
         return self
+
+    def copied(self) -> Manifest:
+        """The manifest without the files that stay in the bucket."""
+        return self.model_copy(update={"files": [entry for entry in self.files if entry.md5 is None]})
 
     def to_json(self) -> bytes:
         """The bytes of `manifest.json`: indented ASCII JSON with the fields in declared order."""
@@ -154,15 +182,20 @@ def check_files(directory: str | Place, manifest: Manifest, *, hashes: bool, rem
     return artifact_store(directory).check_files(manifest, hashes=hashes, remember=remember)
 
 
-def digest_once(path: Path) -> str:
-    """The sha256 of the file at `path`, read once in a process for as long as the file is not touched."""
+def other_contents(entry: FileEntry) -> str:
+    """What is said of a file that is not as `entry` states."""
+    return f"has other contents than when it was committed (its {entry.algorithm} differs)"
+
+
+def digest_once(path: Path, algorithm: str = "sha256") -> str:
+    """The digest of the file at `path`, in hexadecimal, read once in a process for as long as the file is not touched."""
     status = path.lstat()
     # inode and ctime too: a file put in another's place with its mtime restored must be read again
-    key = (str(path.absolute()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+    key = (algorithm, str(path.absolute()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
     if key in _digests:
         return _digests[key]
     now = time.time_ns()
-    digest = fingerprints.file_digest(path)
+    digest = fingerprints.file_digest(path, algorithm)
     if now - max(status.st_mtime_ns, status.st_ctime_ns) > SETTLED_NANOSECONDS:
         _digests[key] = digest
     return digest

@@ -19,7 +19,18 @@ from uuid import uuid4
 from model.durable import write_durably
 from tasks import objects
 from tasks.local_artifact import LocalArtifact
-from tasks.manifests import DISCARDED, DISCARDED_REASON, MANIFEST, Damage, DamagedObject, FileEntry, Manifest, check_size, manifest_path
+from tasks.manifests import (
+    DISCARDED,
+    DISCARDED_REASON,
+    MANIFEST,
+    Damage,
+    DamagedObject,
+    FileEntry,
+    Manifest,
+    check_size,
+    manifest_path,
+    other_contents,
+)
 from tasks.object_requests import PreconditionFailed
 from tasks.objects import StoredObject
 from tasks.places import CACHE_VARIABLE, ObjectPath, Place, cache_directory, working_directory
@@ -28,9 +39,8 @@ from tasks.storage import StorageError, free_bytes, make_directory
 _TRANSFERS = 8  # at once; more share the same connection to the network
 _CONFLICTS = 4
 
-_OTHER = "has other contents than when it was committed (its sha256 differs)"
-# Objects without a sha256 of ours, uploaded by other means, are read once: by place, generation
-_digests: dict[tuple[ObjectPath, int], str] = {}
+# Objects without a sha256 of ours, uploaded by other means, are read once: by place, generation, algorithm
+_digests: dict[tuple[ObjectPath, int, str], str] = {}
 
 
 class ObjectArtifact:
@@ -89,7 +99,7 @@ class ObjectArtifact:
                 return "is missing"
             if found.size != entry.bytes:
                 return f"has {found.size:,} bytes instead of {entry.bytes:,}"
-            return _OTHER if hashes and _sha256(found, remember) != entry.sha256 else None
+            return other_contents(entry) if hashes and _digest(found, entry.algorithm, remember) != entry.digest else None
 
         found = zip(manifest.files, _in_parallel([partial(problem, entry) for entry in manifest.files]), strict=True)
         return [Damage(entry.path, wrong) for entry, wrong in found if wrong is not None]
@@ -106,7 +116,7 @@ class ObjectArtifact:
     def publish(self, manifest: Manifest, still_owner: Callable[[], None] | None) -> None:
         """Files that are there already are not sent again, so an upload that was interrupted goes on."""
         stored = objects.below(self.place)
-        _in_parallel([partial(self._upload, entry, stored.get(entry.path), still_owner) for entry in manifest.files])
+        _in_parallel([partial(self._upload, entry, stored.get(entry.path), still_owner) for entry in manifest.copied().files])
         if still_owner is not None:
             still_owner()
         if damages := self.check_files(manifest, hashes=True):
@@ -124,11 +134,11 @@ class ObjectArtifact:
 
     def _upload(self, entry: FileEntry, known: StoredObject | None, still_owner: Callable[[], None] | None) -> None:
         for _ in range(_CONFLICTS):
-            if known is not None and (known.size, known.sha256) == (entry.bytes, entry.sha256):
+            if known is not None and (known.size, known.sha256) == (entry.bytes, entry.digest):
                 return
             generation = 0 if known is None else known.generation
             try:
-                objects.upload(self.copy.base / entry.path, self.place / entry.path, sha256=entry.sha256, generation=generation)
+                objects.upload(self.copy.base / entry.path, self.place / entry.path, sha256=entry.digest, generation=generation)
             except PreconditionFailed:
                 if still_owner is not None:
                     still_owner()
@@ -143,11 +153,11 @@ class ObjectArtifact:
             return self._bring(manifest)
 
     def _bring(self, manifest: Manifest) -> Path:
-        base, data = self.copy.base, manifest.to_json()
-        if self._is_copied(data) and not self.copy.check_files(manifest, hashes=False):
+        base, data, copied = self.copy.base, manifest.to_json(), manifest.copied()
+        if self._is_copied(data) and not self.copy.check_files(copied, hashes=False):
             return base
         self.prepare()
-        missing = {damage.file for damage in self.copy.check_files(manifest, hashes=True)}
+        missing = {damage.file for damage in self.copy.check_files(copied, hashes=True)}
         entries = [entry for entry in manifest.files if entry.path in missing]
         with self._discarding_what_is_damaged():
             stored = objects.below(self.place)
@@ -168,9 +178,9 @@ class ObjectArtifact:
     def _download(self, entry: FileEntry, stored: StoredObject) -> None:
         target = self.copy.base / entry.path
         make_directory(target.parent)
-        if stored.size != entry.bytes or objects.download(stored, target) != entry.sha256:
+        if stored.size != entry.bytes or objects.download(stored, target) != entry.digest:
             target.unlink(missing_ok=True)
-            raise DamagedObject(f"{entry.path} {_OTHER}")
+            raise DamagedObject(f"{entry.path} {other_contents(entry)}")
 
     @contextmanager
     def _discarding_what_is_damaged(self) -> Iterator[None]:
@@ -201,7 +211,7 @@ class ObjectArtifact:
                 objects.delete(self.place / damage.file)
         here = LocalArtifact(self.copy.base)
         if (manifest := _read(here)) is not None:
-            here.remove(here.check_files(manifest, hashes=True))
+            here.remove(here.check_files(manifest.copied(), hashes=True))
         return True
 
     def empty(self) -> None:
@@ -227,14 +237,15 @@ def _read(copy: LocalArtifact) -> Manifest | None:
         return None
 
 
-def _sha256(stored: StoredObject, remember: bool) -> str:
+def _digest(stored: StoredObject, algorithm: str, remember: bool) -> str:
     if not remember:
-        return objects.digest(stored)
-    if stored.sha256 is not None:
-        return stored.sha256
-    key = (stored.path, stored.generation)
+        return objects.digest(stored, algorithm)
+    stated = stored.sha256 if algorithm == objects.SHA256 else stored.md5
+    if stated is not None:
+        return stated
+    key = (stored.path, stored.generation, algorithm)
     if key not in _digests:
-        _digests[key] = objects.digest(stored)
+        _digests[key] = objects.digest(stored, algorithm)
     return _digests[key]
 
 

@@ -26,14 +26,17 @@ from tasks.storage import StorageError
 
 # Custom metadata that states what an object holds: read with a listing, where reading the object would take hours.
 SHA256 = "sha256"
-_FIELDS = "name,size,generation,crc32c,updated,metadata"
+_FIELDS = "name,size,generation,crc32c,md5Hash,updated,metadata"
 _UPLOAD_BYTES = 1 << 20  # read from the disk at once
 _DOWNLOAD_BYTES = 16 << 20  # asked for at once: what is lost when the connection is
 
 
 @dataclass(frozen=True)
 class StoredObject:
-    """What Google states about an object: bytes, generation, base64 CRC32C, when it was written, and our sha256 if there is one."""
+    """What Google states about an object: bytes, generation, base64 CRC32C, when it was written, and our sha256 if there is one.
+
+    md5: in hexadecimal; objects composed of others have none.
+    """
 
     path: ObjectPath
     size: int
@@ -41,13 +44,15 @@ class StoredObject:
     crc32c: str
     updated: str
     sha256: str | None
+    md5: str | None
 
     @classmethod
     def parse(cls, bucket: str, value: dict[str, Any]) -> StoredObject:
         """From an object resource of the JSON interface."""
         stated = value.get("metadata") or {}
         path = ObjectPath(bucket, str(value["name"]))
-        return cls(path, int(value["size"]), int(value["generation"]), value["crc32c"], str(value["updated"]), stated.get(SHA256))
+        md5 = base64.b64decode(value["md5Hash"]).hex() if "md5Hash" in value else None
+        return cls(path, int(value["size"]), int(value["generation"]), value["crc32c"], str(value["updated"]), stated.get(SHA256), md5)
 
 
 def read(place: ObjectPath) -> tuple[bytes, int]:
@@ -168,9 +173,9 @@ def parts_stored(stored: StoredObject) -> Iterator[bytes]:
         yield part
 
 
-def digest(stored: StoredObject) -> str:
-    """The sha256 of the content, in hexadecimal, by reading all of it."""
-    running = hashlib.sha256()
+def digest(stored: StoredObject, algorithm: str = SHA256) -> str:
+    """The sha256, or the md5, of the content in hexadecimal, by reading all of it."""
+    running = hashlib.new(algorithm)
     for part in parts_stored(stored):
         running.update(part)
     return running.hexdigest()

@@ -47,6 +47,11 @@ class ObjectPath:
         return self.key.rpartition("/")[2] or self.bucket
 
     @property
+    def console_url(self) -> str:
+        """Where a browser shows it."""
+        return f"https://console.cloud.google.com/storage/browser/{self.bucket}/{self.key}"
+
+    @property
     def parent(self) -> ObjectPath:
         """All but the last part of the name; a bucket is its own parent."""
         return ObjectPath(self.bucket, self.key.rpartition("/")[0])
@@ -81,6 +86,15 @@ def working_directory(place: Place) -> Path:
     if isinstance(place, Path):
         return place
     return cache_directory() / "gs" / place.bucket / place.key
+
+
+def place_of_working(directory: Path) -> Place:
+    """The place that `directory` is the `working_directory` of."""
+    copies = cache_directory() / "gs"
+    if not directory.is_relative_to(copies):
+        return directory
+    bucket, *key = directory.relative_to(copies).parts
+    return ObjectPath(bucket, "/".join(key))
 
 
 def cache_directory() -> Path:

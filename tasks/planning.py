@@ -72,7 +72,6 @@ class Plan:
 
 
 FORCED = "forced"
-NEEDS_DIRECTORY = ("checkpoints", "hf")
 
 
 def plan_run(config: RunConfig, root: str | Place, *, only: str | None = None, force: tuple[str, ...] = ()) -> Plan:
@@ -104,7 +103,7 @@ def plan_run(config: RunConfig, root: str | Place, *, only: str | None = None, f
     trains = any(planned_step.action == "run" and planned_step.step.kind == "checkpoints" for planned_step in planned)
     id_bytes = 2 if vocab_size <= 1 << 16 else 4
     token_bytes = tokens_to_write(run.data, root, config.data.tokenizer) * id_bytes
-    space = _check_space(root, checkpoint_bytes(config, model) if trains else 0, fetch_bytes, token_bytes)
+    space = _check_space(root, checkpoint_bytes(config, model) if trains and isinstance(root, Path) else 0, fetch_bytes, token_bytes)
     data = planned_data(config, run.data, root)
     return Plan(
         config=config,
@@ -143,16 +142,6 @@ def check_run(config: RunConfig, root: Place) -> None:
 def _existing_place(root: Path) -> Path:
     """The root itself or, before it is there, the place it will be made in: a plan leaves nothing behind."""
     return next(path for path in (root, *root.parents) if path.exists())
-
-
-def check_trainable(plan: Plan) -> None:
-    """Raises ValueError where the plan trains or exports, and the root is in a bucket."""
-    kinds = sorted({planned.step.kind for planned in plan.steps if planned.action == "run"} & set(NEEDS_DIRECTORY))
-    if kinds and not isinstance(plan.root, Path):
-        raise ValueError(
-            f"--root={plan.root}: {' and '.join(kinds)} cannot be made in a bucket yet, because checkpoints, metrics and logs are written "
-            f"into a directory while training goes on. Run `--only mixtures/` for the data alone, or give --root a directory"
-        )
 
 
 def _check_space(root: Place, checkpoints: int, fetch: int, tokens: int) -> list[str]:

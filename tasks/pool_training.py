@@ -19,12 +19,14 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelling
 
+from model.checkpoint_files import steps_in
 from model.job import TrainingJob
 from model.metrics import read_json_lines
+from tasks.bucket_runs import fetch_records
 from tasks.caching import assert_still_owner, run_logger
 from tasks.children import ChildFailed, ChildStopped, stopping
 from tasks.formatting import duration
-from tasks.trainer_child import read_outcome
+from tasks.trainer_child import OUTCOME_FILE, read_outcome
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
@@ -103,9 +105,9 @@ def ask_for_run(client: SyncPrefectClient, job: TrainingJob, deployment: Deploym
 
 def finished(job: TrainingJob) -> bool:
     """Whether the last checkpoint and the outcome are there."""
-    found = read_outcome(job.directory)
-    last = job.directory / "checkpoints" / str(job.train.num_train_steps)
-    return found is not None and found.get("step") == job.train.num_train_steps and last.is_dir()
+    fetch_records(job, [OUTCOME_FILE])
+    found, last = read_outcome(job.directory), job.train.num_train_steps
+    return found is not None and found.get("step") == last and last in steps_in(job.checkpoints)
 
 
 def may_be_tried_again(run: FlowRun) -> bool:
@@ -148,11 +150,11 @@ class Following:
             time.sleep(POLL_SECONDS if cancelled_at is None else 0.5)
         if state.is_completed():
             if not finished(self._job):
-                raise ChildFailed(f"flow run {run.name} is complete, and its last checkpoint is not in {self._job.directory}", named=True)
+                raise ChildFailed(f"flow run {run.name} is complete, and its last checkpoint is not in {self._job.shared}", named=True)
             return
         if state.is_cancelled():
-            rows = read_json_lines(self._job.directory / "metrics.jsonl")
-            saved = f"at step {rows[-1]['step']} of {self._job.train.num_train_steps}" if rows else "before its first step"
+            steps = steps_in(self._job.checkpoints)
+            saved = f"and saved at step {steps[0]} of {self._job.train.num_train_steps}" if steps else "before its first checkpoint"
             raise ChildStopped(f"training {self._job.name} was cancelled {saved}: run the same command again to continue")
         raise ChildFailed(f"flow run {run.name} {state.name}: {state.message}", named=state.is_failed())
 
@@ -174,7 +176,8 @@ class Following:
         if said != self._said:
             self._said = said
             self._log.info("flow run %s is %s", run.name, said)
-        if run.state.is_running() and time.monotonic() - self._progress_at > PROGRESS_SECONDS:
+        # in a bucket the curves are with the checkpoints; the run's own log and progress bar tell how far it is
+        if self._job.bucket is None and run.state.is_running() and time.monotonic() - self._progress_at > PROGRESS_SECONDS:
             self._progress_at = time.monotonic()
             rows = read_json_lines(self._job.directory / "metrics.jsonl")
             if rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from prefect.artifacts import create_image_artifact, create_link_artifact, create_markdown_artifact, create_table_artifact
@@ -38,11 +39,12 @@ def publish_summary(plan: Plan, artifacts: list[Artifact]) -> None:
     table = [{key: row.get(key, "") for key in ("step", "train/loss", "eval/loss", "eval/bpb")} for row in rows]
     samples = "\n\n".join(f"**{sample['prompt']}**\n\n```\n{sample['text']}\n```" for sample in summary.samples) or "no samples"
     image = "data:image/png;base64," + base64.b64encode((summary.directory / "loss.png").read_bytes()).decode()
-    place = str(summary.directory)
+    place = summary.place
+    link = place.as_uri() if isinstance(place, Path) else place.console_url
     _keep(lambda: create_table_artifact(_thin(table), key="train-metrics", description=f"Metrics of {name}"))
     _keep(lambda: create_image_artifact(image, key="loss-curve", description=f"Loss of {name}"))
     _keep(lambda: create_markdown_artifact(samples, key="samples", description=f"Samples of {name}"))
-    _keep(lambda: create_link_artifact(summary.directory.as_uri(), link_text=place, key="checkpoint", description="Checkpoint"))
+    _keep(lambda: create_link_artifact(link, link_text=str(place), key="checkpoint", description="Checkpoint"))
     _keep(lambda: create_markdown_artifact(summary.markdown(), key="run-summary", description=f"Summary of {name}"))
 
 

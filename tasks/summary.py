@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from model.metrics import read_json_lines
-from tasks.artifacts import Artifact, read_manifest
+from tasks.artifacts import Artifact, brought_here, read_manifest
+from tasks.places import Place, place_of
 
 
 @dataclass(frozen=True)
@@ -15,8 +16,9 @@ class RunSummary:
     """Losses, samples and places of a finished training run."""
 
     name: str
-    directory: Path
-    hf_directory: Path | None
+    place: Place
+    directory: Path  # of this machine, with the curves
+    hf_place: Place | None
     step: int
     final: dict[str, float | str]  # what is no number is "nan" or "inf" in JSON
     samples: list[dict[str, Any]]
@@ -32,8 +34,9 @@ class RunSummary:
         mixture = read_manifest(by_kind["mixtures"].path) if "mixtures" in by_kind else None
         return cls(
             name=training.name,
-            directory=Path(training.path),
-            hf_directory=Path(by_kind["hf"].path) if "hf" in by_kind else None,
+            place=place_of(training.path),
+            directory=Path(brought_here(training).path),
+            hf_place=place_of(by_kind["hf"].path) if "hf" in by_kind else None,
             step=manifest.stats["step"],
             final=manifest.stats["final"],
             samples=manifest.stats["samples"],
@@ -62,16 +65,16 @@ class RunSummary:
             parts.append(f"unigram entropy of the text {self.unigram_entropy:.4f}")
         return ", ".join(parts)
 
-    def places(self) -> list[tuple[str, Path]]:
+    def places(self) -> list[tuple[str, Place]]:
         """What lies where."""
-        places = [
-            ("checkpoint", self.directory / "checkpoints" / str(self.step)),
-            ("metrics", self.directory / "metrics.jsonl"),
-            ("loss curve", self.directory / "loss.png"),
-            ("loss curve, interactive", self.directory / "loss.html"),
-            ("samples", self.directory / "samples.jsonl"),
+        places: list[tuple[str, Place]] = [
+            ("checkpoint", self.place / "checkpoints" / str(self.step)),
+            ("metrics", self.place / "metrics.jsonl"),
+            ("loss curve", self.place / "loss.png"),
+            ("loss curve, interactive", self.place / "loss.html"),
+            ("samples", self.place / "samples.jsonl"),
         ]
-        return places + ([("Hugging Face directory", self.hf_directory)] if self.hf_directory else [])
+        return places + ([("Hugging Face directory", self.hf_place)] if self.hf_place else [])
 
     def markdown(self) -> str:
         """The summary for the Prefect UI."""

@@ -90,7 +90,7 @@ def _tokenize_files(step: Step, config: Tokenization, directory: Path, raw: Path
     assert manifest is not None, "inputs are verified before a body runs"
     entries = {raw / entry.path: entry for entry in manifest.files}
     reading_key = fingerprint([config.reading.identity(), digest])
-    jobs = shard_jobs(reading_key, files, [entries[file].sha256 for file in files], [entries[file].bytes for file in files])
+    jobs = shard_jobs(reading_key, files, [entries[file].digest for file in files], [entries[file].bytes for file in files])
     execution = config.execution
     spec = StoreSpec(
         directory=str(directory.absolute()),

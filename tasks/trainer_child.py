@@ -13,18 +13,20 @@ from typing import Any
 
 from model.checkpoint_files import steps_in
 from model.child import STOPPED
-from model.durable import write_durably, write_json
+from model.curves import CURVES, curves_until, put_curves_back
+from model.durable import write_json
 from model.job import TrainingJob
 from model.metrics import read_json_lines, read_samples
+from tasks.bucket_runs import send_records
 from tasks.caching import assert_still_owner, run_logger
 from tasks.children import ChildStopped, run_child
 from tasks.training_report import TrainingReport
 
 OWNER_SECONDS = 5.0
-CURVES = ("metrics.jsonl", "samples.jsonl")
 CURVES_COPY = ".curves.json"
 JOB_FILE = ".job.json"
 OUTCOME_FILE = ".outcome.json"
+RECORDS = (*CURVES, "loss.png", "loss.html", JOB_FILE, OUTCOME_FILE)  # what of a finished run others read, the outcome last
 
 
 def run_trainer(job: TrainingJob) -> None:
@@ -61,13 +63,13 @@ def run_trainer(job: TrainingJob) -> None:
             f"training {job.name} was stopped {_where(job, report, stopped.saved)}: run the same command again to continue"
         ) from None
     write_json(job.directory / OUTCOME_FILE, outcome(job.directory, report))
+    send_records(job, RECORDS)
 
 
 def _where(job: TrainingJob, report: TrainingReport, saved: bool) -> str:
     if saved:
         return f"and saved at step {report.step} of {job.train.num_train_steps}"
-    checkpoints = job.directory / "checkpoints"
-    steps = steps_in(checkpoints) if checkpoints.is_dir() else []
+    steps = steps_in(job.checkpoints)
     return f"before it could save; its newest checkpoint is of step {steps[0]}" if steps else "before it could save a first checkpoint"
 
 
@@ -98,10 +100,7 @@ def read_outcome(directory: Path) -> dict[str, Any] | None:
 
 def copy_curves(directory: Path, step: int) -> None:
     """Keeps the rows up to `step`, which a checkpoint is about to cover: the weights can be trained again, the curve cannot."""
-    curves: dict[str, str] = {}
-    for name in CURVES:
-        rows = (row for row in read_json_lines(directory / name) if row["step"] <= step)
-        curves[name] = "".join(json.dumps(row) + "\n" for row in rows)
+    curves = curves_until(directory, step)
     write_json(directory / CURVES_COPY, {"curves": curves, "sha256": _digest(curves)})
 
 
@@ -118,11 +117,8 @@ def restore_curves(directory: Path) -> None:
     if not intact:
         run_logger().warning("%s is damaged, so it is not used", directory / CURVES_COPY)
         return
-    for name, lines in curves.items():
-        path = directory / name
-        if not path.is_file() or not path.read_bytes().startswith(lines.encode()):
-            run_logger().warning("%s lacks rows or has others than were written: restored from its copy", path)
-            write_durably(path, lines.encode())
+    for name in put_curves_back(directory, curves):
+        run_logger().warning("%s lacks rows or has others than were written: restored from its copy", directory / name)
 
 
 def _digest(curves: dict[str, str]) -> str:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from model.job import TrainingJob
-from model.mixture_store import MixtureStore
+from model.mixture_store import MixtureTokenizer
 from tasks.artifacts import Artifact
+from tasks.bucket_runs import bucket_of, fetch_records, on_this_machine, stored_entries
 from tasks.caching import StepOutput, run_logger, step_task
 from tasks.config import TrainingStep, beside_fields
 from tasks.pool_training import train_on_pool
 from tasks.preflight import as_chosen, check_accelerator, preflight_lines
 from tasks.steps import Step
-from tasks.trainer_child import CURVES_COPY, JOB_FILE, read_outcome, run_trainer
+from tasks.trainer_child import CURVES_COPY, JOB_FILE, RECORDS, read_outcome, run_trainer
 
 
 def training_job(step: Step, directory: Path, mixture: Artifact) -> TrainingJob:
@@ -23,7 +24,9 @@ def training_job(step: Step, directory: Path, mixture: Artifact) -> TrainingJob:
         name=step.name,
         fingerprint=step.fingerprint,
         directory=directory.absolute(),
+        bucket=bucket_of(directory),
         mixture=Path(mixture.path).absolute(),
+        mixture_bucket=bucket_of(Path(mixture.path)),
         model=config.model,
         train=config.train,
         track=config.track,
@@ -53,9 +56,10 @@ def train_body(step: Step, directory: Path, inputs: tuple[Artifact, ...]) -> Ste
     assert isinstance(config, TrainingStep)
     job = as_preflight_chose(training_job(step, directory, inputs[0]), config.pool)
     if config.pool is None:
-        run_trainer(job)
+        run_trainer(on_this_machine(job))
     else:
         train_on_pool(job, config.pool)
+        fetch_records(job, RECORDS)
     found = read_outcome(directory)
     assert found is not None
     stats = {**found, "beside": beside_fields(job.train)}
@@ -64,10 +68,11 @@ def train_body(step: Step, directory: Path, inputs: tuple[Artifact, ...]) -> Ste
             f"{directory / 'metrics.jsonl'} lost rows (the last one is of step {stats['step']} of {job.train.num_train_steps}), and "
             f"{directory / CURVES_COPY} has them no more: put one of them back, or train again with --force checkpoints/{step.name}"
         )
-    last = directory / "checkpoints" / str(job.train.num_train_steps)
-    files = [directory / name for name in ("metrics.jsonl", "samples.jsonl", "loss.png", "loss.html")]
-    files += [path for path in last.rglob("*") if path.is_file()]
-    return StepOutput(stats=stats, files=[path for path in files if path.exists()])
+    files = [directory / name for name in RECORDS if not name.startswith(".")]
+    if job.bucket is None:
+        files += [path for path in (job.checkpoints / str(job.train.num_train_steps)).rglob("*") if path.is_file()]
+    stored = tuple(stored_entries(job, job.train.num_train_steps))
+    return StepOutput(stats=stats, files=[path for path in files if path.exists()], stored=stored)
 
 
 def as_preflight_chose(job: TrainingJob, pool: str | None = None) -> TrainingJob:
@@ -90,7 +95,7 @@ def as_preflight_chose(job: TrainingJob, pool: str | None = None) -> TrainingJob
 
 def vocabulary_of(mixture: Path) -> int:
     """Size of the vocabulary that a mixture's tokens are of."""
-    return MixtureStore.open(mixture).tokenizer.vocab_size
+    return MixtureTokenizer.read(mixture).vocab_size
 
 
 train = step_task(description="Train the model")(train_body)

@@ -14,7 +14,7 @@ def test_numbers_that_are_none_are_shown_as_such() -> None:
 def test_a_run_that_skipped_its_last_step_has_a_summary(tmp_path: Path) -> None:
     final = {"train/loss": "nan", "eval/loss": 2.5, "eval/bpb": "nan", "eval/web/loss": "nan"}
     summary = RunSummary(
-        name="run", step=8, directory=tmp_path, hf_directory=None, final=final, samples=[], unigram_entropy=6.0, components={}
+        name="run", step=8, place=tmp_path, directory=tmp_path, hf_place=None, final=final, samples=[], unigram_entropy=6.0, components={}
     )
     assert summary.headline() == "step 8, train loss nan, held-out loss 2.5000, nan bits per byte, unigram entropy of the text 6.0000"
     assert "| web | nan |  |" in summary.markdown()

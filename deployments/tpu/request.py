@@ -70,7 +70,7 @@ def metadata(configuration: TPUJobConfiguration, parameters: dict[str, Any], pyt
     interpreter = python if local else "python" if configuration.image else ".venv/bin/python"
     launch = {
         "leader": [interpreter, "-m", "prefect", "flow-run", "execute"],
-        "follower": [interpreter, "-m", "model.training_process", "{job}"],
+        "follower": [interpreter, "-m", "tasks.follower", "{job}"],
         "follower_job": parameters.get("job", {}),
         "env": {key: str(value) for key, value in configuration.env.items() if value is not None},
         "secrets": configuration.secrets,

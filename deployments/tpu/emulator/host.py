@@ -19,6 +19,7 @@ from pathlib import Path
 from deployments.tpu.emulator.metadata import MetadataServer
 from deployments.tpu.emulator.processes import MARK, end_processes
 from model.child import CHECKOUT, child_environment
+from tasks.places import CACHE_VARIABLE
 
 SIMULATED_SLICE = "PREFECT_LLAMA_SIMULATED_SLICE"  # environment variable: the accelerator type that a host is part of
 DISKS = "disks"  # the directory of the working directories of hosts that are there
@@ -117,6 +118,7 @@ class Host:
             "XLA_FLAGS": xla_flags(os.environ.get("XLA_FLAGS", ""), self.place.devices),
             SIMULATED_SLICE: self.place.accelerator_type,
             "TMPDIR": str(self._disk),  # what is left there goes with the host
+            CACHE_VARIABLE: str(self._disk / "cache"),  # and so do copies of what lies in a bucket
             MARK: self._mark,
         }
 

@@ -1,0 +1,104 @@
+"""A training run whose artifact lies in a bucket: what a host fetches before the trainer starts, and what it leaves there at the end.
+
+While it goes, its checkpoints and, in each, its curves are written to the bucket by the trainer itself (`model.checkpoint`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from model.buckets import stored_files
+from model.job import TrainingJob
+from model.mixture_store import MIXTURE_FILE
+from tasks import objects
+from tasks.artifacts import ArtifactMissing, brought_here, open_artifact
+from tasks.manifests import FileEntry, load_manifest
+from tasks.places import ObjectPath, place_of, place_of_working, working_directory
+from tasks.storage import make_directory
+
+
+def bucket_of(directory: Path) -> str | None:
+    """The URL of the artifact whose working directory this is; None where it is no copy of a bucket's."""
+    place = place_of_working(directory.absolute())
+    return str(place) if isinstance(place, ObjectPath) else None
+
+
+def on_this_machine(job: TrainingJob) -> TrainingJob:
+    """The job with the paths of this machine, to which what it reads was brought; as it is where nothing of it lies in a bucket.
+
+    Raises ArtifactMissing, ArtifactDamaged, StorageError.
+    """
+    if job.bucket is None:
+        return job
+    directory = working_directory(place_of(job.bucket))
+    make_directory(directory)
+    mixture = job.mixture if job.mixture_bucket is None else fetch_mixture(ObjectPath.parse(job.mixture_bucket))
+    return job.model_copy(update={"directory": directory, "mixture": mixture})
+
+
+def fetch_mixture(place: ObjectPath, *, tokens: bool = True) -> Path:
+    """The directory of this machine with the mixture at `place`, beside it its tokenizer and, with `tokens`, its token stores.
+
+    Raises ArtifactMissing, ArtifactDamaged, StorageError.
+    """
+    directory = _fetched(place)
+    value = json.loads((directory / MIXTURE_FILE).read_text(encoding="utf-8"))
+    stores = [component["store"] for component in value["components"]] if tokens else []
+    for path in (value["tokenizer"]["path"], *stores):
+        _fetched(_artifact_of(place, path))
+    return directory
+
+
+def _fetched(place: ObjectPath) -> Path:
+    manifest, reason = load_manifest(place)
+    if manifest is None:
+        raise ArtifactMissing(
+            f"there is no artifact in {place}: its manifest {reason}. Run the same command again: it makes what is missing"
+        )
+    return Path(brought_here(open_artifact(place, manifest.fingerprint)).path)
+
+
+def _artifact_of(mixture: ObjectPath, relative: str) -> ObjectPath:
+    """The artifact, `{kind}/{name}` below the mixture's root, that a path relative to the mixture leads into."""
+    parts = Path(relative).parts
+    up = parts.count("..")
+    below = [*mixture.key.split("/")[:-up], *parts[up:]] if up else [*mixture.key.split("/"), *parts]
+    root = mixture.parent.parent
+    depth = len(root.key.split("/")) if root.key else 0
+    return ObjectPath(mixture.bucket, "/".join(below[: depth + 2]))
+
+
+def send_records(job: TrainingJob, names: Iterable[str]) -> None:
+    """Brings files of the run's directory into its bucket, those that are there. Raises StorageError."""
+    if job.bucket is None:
+        return
+    place = ObjectPath.parse(job.bucket)
+    for name in names:
+        if (job.directory / name).is_file():
+            objects.write(place / name, (job.directory / name).read_bytes(), generation=None)
+
+
+def fetch_records(job: TrainingJob, names: Iterable[str]) -> None:
+    """Brings files that another host sent into the run's directory, those that are there. Raises StorageError."""
+    if job.bucket is None:
+        return
+    place = ObjectPath.parse(job.bucket)
+    make_directory(job.directory)
+    for name in names:
+        try:
+            objects.download(objects.stat(place / name), job.directory / name)
+        except FileNotFoundError:
+            (job.directory / name).unlink(missing_ok=True)  # what is left here is of an attempt that the bucket does not know
+
+
+def stored_entries(job: TrainingJob, step: int) -> Iterator[FileEntry]:
+    """The files of the checkpoint of `step`, where it lies in the bucket."""
+    if job.bucket is None:
+        return
+    for name, file in sorted(stored_files(job.checkpoints / str(step)).items()):
+        path, md5 = f"checkpoints/{step}/{name}", file.md5
+        if md5 is None:
+            md5 = objects.digest(objects.stat(ObjectPath.parse(job.bucket) / path), "md5")
+        yield FileEntry(path=path, bytes=file.size, md5=md5)
