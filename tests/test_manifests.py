@@ -49,7 +49,7 @@ def test_a_bit_flip_with_restored_timestamps_is_seen(directory: Path, monkeypatc
 def test_files_are_hashed_once_in_a_process_unless_they_are_too_young(directory: Path, monkeypatch: pytest.MonkeyPatch):
     reads: list[str] = []
     real = fingerprints.file_digest
-    monkeypatch.setattr(fingerprints, "file_digest", lambda path: (reads.append(Path(path).name), real(path))[1])
+    monkeypatch.setattr(fingerprints, "file_digest", lambda path, algorithm: (reads.append(Path(path).name), real(path, algorithm))[1])
     commit(directory, STEP, stats={})
     open_artifact(directory, STEP.fingerprint)
     assert len(reads) == 4, "files younger than the clock's tick are read again"

@@ -204,7 +204,7 @@ def test_objects_that_came_by_other_means_are_read_once(root: ObjectPath, monkey
     objects.write(place / "a.txt", b"alpha", generation=None)
     reads: list[ObjectPath] = []
     digest = objects.digest
-    monkeypatch.setattr(objects, "digest", lambda stored: reads.append(stored.path) or digest(stored))
+    monkeypatch.setattr(objects, "digest", lambda stored, algorithm: reads.append(stored.path) or digest(stored, algorithm))
     for _ in range(2):
         assert not check(place, STEP.fingerprint, hashes=True)
     assert reads == [place / "a.txt"]

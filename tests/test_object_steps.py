@@ -137,12 +137,6 @@ def test_the_data_steps_leave_the_same_bytes_as_on_disk_and_a_plan_knows_them(ro
     assert list(working_directory(place_of(root)).iterdir()) == []
 
 
-def test_training_in_a_bucket_is_refused_before_anything_runs(root: str):
-    with pytest.raises(ValueError, match=r"checkpoints and hf cannot be made in a bucket yet.*--only mixtures/"):
-        train_llama(root=root)
-    assert objects.below(ObjectPath.parse(root)) == {}
-
-
 @pytest.mark.slow
 def test_a_mixture_with_one_fault_in_five_is_the_mixture_without(store: str, root: str, tmp_path: Path, monkeypatch, machine):
     with faulty_proxy(store, one_in_five(seed=4)) as proxy:

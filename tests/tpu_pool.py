@@ -69,13 +69,13 @@ def until(look: Callable[[], Any], what: str, seconds: float = 240.0) -> Any:
     return found
 
 
-def on_pool(prefect: Prefect, root: Path, logs: Path, *arguments: str) -> MainJob:
-    """`python flows/train.py --pool tpu` against the server."""
+def on_pool(prefect: Prefect, root: Path, logs: Path, *arguments: str, place: str | None = None, **variables: str) -> MainJob:
+    """`python flows/train.py --pool tpu` against the server; `variables` are of its environment, `place` is as `MainJob` has it."""
     environment = {
         name: value for name, value in prefect.environment.items() if name.startswith("PREFECT_") and name != "PREFECT_LLAMA_ROOT"
     }
     environment.pop("PREFECT_HOME")
-    return MainJob(root, prefect.home, "--pool", "tpu", *arguments, logs=logs, **environment)
+    return MainJob(root, prefect.home, "--pool", "tpu", *arguments, logs=logs, place=place, **environment, **variables)
 
 
 def state_names(prefect: Prefect, run: dict[str, Any]) -> list[str]:

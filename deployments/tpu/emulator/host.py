@@ -114,6 +114,7 @@ class Host:
             "HOME": str(Path.home()),
             "GCE_METADATA_HOST": self.metadata.address,
             "GCE_METADATA_IP": self.metadata.address,
+            "GCE_METADATA_ROOT": self.metadata.address,  # TensorStore's name for it
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": xla_flags(os.environ.get("XLA_FLAGS", ""), self.place.devices),
             SIMULATED_SLICE: self.place.accelerator_type,
