@@ -25,6 +25,7 @@ from flows.command_line import named_errors
 from model.durable import write_json
 from model.inference_jobs import CompletionJob
 from model.model_place import find_model
+from tasks.bucket_runs import model_here
 from tasks.children import ChildFailed, run_child
 
 
@@ -32,8 +33,8 @@ from tasks.children import ChildFailed, run_child
 class Arguments:
     """What to go on from, and how."""
 
-    checkpoint: tyro.conf.Positional[Path]
-    """A run's directory, one of its checkpoints/<step>, or a directory with a Hugging Face Llama and its tokenizer."""
+    checkpoint: tyro.conf.Positional[str]
+    """A run's directory (in a bucket, a finished run's), one of its checkpoints/<step>, or a directory with a Hugging Face Llama."""
     prompts: tyro.conf.Positional[tuple[str, ...]]
     """The texts; each is continued on its own."""
     max_new_tokens: int | None = None
@@ -77,7 +78,7 @@ def _complete(options: Arguments) -> int:
     if options.greedy and options.temperature not in (0, 0.8):
         raise ValueError(f"--greedy and --temperature={options.temperature} contradict each other: leave one of them out")
     job = CompletionJob(
-        model=find_model(options.checkpoint),
+        model=find_model(model_here(options.checkpoint)),
         prompts=options.prompts,
         max_new_tokens=options.max_new_tokens,
         temperature=0.0 if options.greedy else options.temperature,

@@ -25,7 +25,9 @@ from rich.table import Table
 
 from flows.command_line import interrupt, named_errors, one_line_errors
 from model.inference_jobs import HarnessJob
-from tasks.experiment import root_directory
+from tasks.artifacts import brought_here
+from tasks.bucket_runs import model_here
+from tasks.experiment import root_place
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -34,8 +36,8 @@ console = Console(highlight=False, soft_wrap=True)
 class Arguments:
     """Which tasks, on what."""
 
-    checkpoint: tyro.conf.Positional[Path]
-    """A run's directory, one of its checkpoints/<step>, or a directory with a Hugging Face Llama and its tokenizer."""
+    checkpoint: tyro.conf.Positional[str]
+    """A run's directory (in a bucket, a finished run's), one of its checkpoints/<step>, or a directory with a Hugging Face Llama."""
     tasks: tuple[str, ...]
     """Names of tasks or groups, of lm-eval's own or of --task-dir's."""
     task_dir: Path | None = None
@@ -72,7 +74,7 @@ def _evaluate(options: Arguments) -> int:
     from tasks.harness import RESULTS, harness_step
 
     job = HarnessJob(
-        model=options.checkpoint,
+        model=model_here(options.checkpoint),
         tasks=options.tasks,
         task_dir=options.task_dir,
         num_fewshot=options.num_fewshot,
@@ -84,7 +86,7 @@ def _evaluate(options: Arguments) -> int:
     one_line_errors()
     use_temporary_server()
     try:
-        artifact = evaluate_model(job, root=str(root_directory(options.root)), force=options.force)
+        artifact = evaluate_model(job, root=str(root_place(options.root)), force=options.force)
     except ChildFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if error.named else 1
@@ -92,7 +94,7 @@ def _evaluate(options: Arguments) -> int:
         print(f"error: {error.strerror or error}", file=sys.stderr)
         return 1
     table = Table("metric", "value", show_edge=False, pad_edge=False)
-    results = Path(artifact.path) / RESULTS
+    results = Path(brought_here(artifact).path) / RESULTS
     for name, value in sorted(json.loads(results.read_text(encoding="utf-8"))["metrics"].items()):
         table.add_row(name, f"{value:.6g}")
     console.print(table)

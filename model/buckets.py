@@ -40,6 +40,11 @@ def path_of(text: str | Path) -> Path:
     return cast(Path, epath.Path(str(text)))
 
 
+def absolute(path: Path) -> Path:
+    """The path as every process of this machine writes it."""
+    return path if in_bucket(path) else path.expanduser().absolute()
+
+
 def in_bucket(path: Path) -> bool:
     """Whether `path` is one in a bucket."""
     return str(path).startswith(SCHEME)

@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as preservation
 from orbax.checkpoint.path import atomicity
 
-from model.buckets import in_bucket, set_aside
+from model.buckets import absolute, in_bucket, set_aside
 from model.checkpoint_files import CheckpointError, checkpoint_damage, steps_in, write_hashes
 from model.distributed import is_leader, wait_for_all
 from model.train_config import NEWEST_CHECKPOINTS
@@ -81,7 +81,7 @@ class Checkpoints:
         others = [step for step in steps_in(directory) if step % keep_every] if max_to_keep is None else []
         promised = [step for step in others if _is_promised(directory / str(step))]
         self._manager = ocp.CheckpointManager(
-            _absolute(directory),
+            absolute(directory),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=preservation.AnyPreservationPolicy(
                     [
@@ -164,10 +164,6 @@ class Checkpoints:
         self._manager.close()
 
 
-def _absolute(path: Path) -> Path:
-    return path if in_bucket(path) else path.absolute()
-
-
 def _is_promised(directory: Path) -> bool:
     try:
         return bool(read_progress(directory).get(KEPT))
@@ -201,12 +197,12 @@ def restore_leaves(directory: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) 
         tree = _stored_tree(checkpointer, directory)
         chosen = jax.tree_util.tree_map_with_path(lambda path, _: wanted.get(_name(path), ocp.PLACEHOLDER), tree)
         arguments = ocp.args.PyTreeRestore(chosen, restore_args=ocp.checkpoint_utils.construct_restore_args(chosen))
-        restored = named_leaves(checkpointer.restore(_absolute(directory / "state"), args=arguments))
+        restored = named_leaves(checkpointer.restore(absolute(directory / "state"), args=arguments))
     return {name: restored[name] for name in wanted}
 
 
 def _stored_tree(checkpointer: Any, directory: Path) -> Any:
-    return checkpointer.metadata(_absolute(directory / "state")).item_metadata.tree
+    return checkpointer.metadata(absolute(directory / "state")).item_metadata.tree
 
 
 def read_progress(directory: Path) -> dict[str, Any]:
@@ -217,7 +213,7 @@ def read_progress(directory: Path) -> dict[str, Any]:
     """
     try:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-            return checkpointer.restore(_absolute(directory / "progress"))
+            return checkpointer.restore(absolute(directory / "progress"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{directory} cannot be used, its record is not there or damaged ({error}): take another step") from error
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from model.buckets import absolute, path_of
 from model.checkpoint import named_leaves, read_progress, restore_leaves, stored_shapes
 from model.checkpoint_files import find_checkpoint
 from model.config import LlamaConfig
@@ -95,7 +96,7 @@ def initialize(
         loaded, notes = _load(source, _weights_of(leaves), train, train.initialize_from_hf, foreign)
         return Initialized(_completed(abstract, loaded, config, train), (), notes)
     assert train.initialize_from_checkpoint_path is not None
-    directory = _checkpoint(Path(train.initialize_from_checkpoint_path).expanduser())
+    directory = _checkpoint(absolute(path_of(train.initialize_from_checkpoint_path)))
     wanted = _weights_of(leaves) if train.initialize_weights_only else leaves
     theirs = read_progress(directory)["data"]
     foreign = foreign_to_checkpoint(theirs, loader_state)

@@ -15,8 +15,10 @@ from model.mixture_store import MIXTURE_FILE
 from tasks import objects
 from tasks.artifacts import ArtifactMissing, brought_here, open_artifact
 from tasks.manifests import FileEntry, load_manifest
-from tasks.places import ObjectPath, place_of, place_of_working, working_directory
+from tasks.places import SCHEME, ObjectPath, place_of, place_of_working, working_directory
 from tasks.storage import make_directory
+
+EXPORT = "hf"
 
 
 def bucket_of(directory: Path) -> str | None:
@@ -49,6 +51,24 @@ def fetch_mixture(place: ObjectPath, *, tokens: bool = True) -> Path:
     for path in (value["tokenizer"]["path"], *stores):
         _fetched(_artifact_of(place, path))
     return directory
+
+
+def model_here(path: str) -> Path:
+    """`path`, or the export of the finished run that it names in a bucket, brought to this machine.
+
+    Raises:
+        ValueError: there is no export.
+    """
+    if not path.startswith(SCHEME):
+        return Path(path)
+    place = ObjectPath.parse(path)
+    place = place if place.name == EXPORT else place / EXPORT
+    if load_manifest(place)[0] is None:
+        raise ValueError(
+            f"{path}: there is no export in {place}. From a bucket a finished run's export is used: give the run's directory, "
+            f"{place.parent.parent.parent if place.parent.key else 'gs://bucket'}/checkpoints/NAME-..."
+        )
+    return _fetched(place)
 
 
 def _fetched(place: ObjectPath) -> Path:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from pathlib import Path
 
+from model.buckets import absolute, in_bucket, path_of
 from model.checkpoint_files import HASHES, find_checkpoint
 from model.train_config import SimpleTrainConfig
-from tasks.fingerprints import file_digest, fingerprint
+from tasks.fingerprints import fingerprint
 from tasks.manifests import digest_once
 
 HF_CONFIG = "config.json"
@@ -20,13 +22,18 @@ def pin_initial_weights(train: SimpleTrainConfig) -> tuple[SimpleTrainConfig, st
         ValueError: there is nothing there, or it is damaged.
     """
     if train.initialize_from_checkpoint_path is not None:
-        path = Path(train.initialize_from_checkpoint_path).expanduser().absolute()
-        found = _verified(path, tuple(place.stat().st_mtime_ns for place in (path, path / "checkpoints") if place.exists()))
-        return train.model_copy(update={"initialize_from_checkpoint_path": str(found)}), file_digest(found / HASHES)
+        path = absolute(path_of(train.initialize_from_checkpoint_path))
+        found = find_checkpoint(path) if in_bucket(path) else _verified(path, _changed(path))
+        digest = hashlib.sha256((found / HASHES).read_bytes()).hexdigest()
+        return train.model_copy(update={"initialize_from_checkpoint_path": str(found)}), digest
     if train.initialize_from_hf is not None:
         directory = Path(train.initialize_from_hf).expanduser().absolute()
         return train.model_copy(update={"initialize_from_hf": str(directory)}), _hf_digest(directory)
     return train, None
+
+
+def _changed(path: Path) -> tuple[int, ...]:
+    return tuple(place.stat().st_mtime_ns for place in (path, path / "checkpoints") if place.exists())
 
 
 @functools.lru_cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ from model.buckets import path_of, remove_tree, stored_files
 from model.checkpoint import Checkpoints
 from model.checkpoint_files import COMMIT_FILE, HASHES, CheckpointError, checkpoint_damage, find_checkpoint, steps_in
 from model.jumps import Jump, read_skipped_data, skip_data
+from model.train_config import SimpleTrainConfig
+from tasks.initial_weights import pin_initial_weights
 from tests.object_store import BUCKET, object_store, use_store
 
 STATE = {"a": jnp.arange(1000.0), "b": jnp.ones((50, 50))}
@@ -105,6 +108,17 @@ def test_a_copy_on_a_disk_is_verified_too(run: Path, tmp_path: Path):
     victim = found / "state" / "manifest.ocdbt"
     victim.write_bytes(b"x" * victim.stat().st_size)
     assert checkpoint_damage(found) == f"{victim} has another content than was written (md5 differs)"
+
+
+def test_a_run_can_begin_with_one(run: Path):
+    save(run / "checkpoints", 4, 8)
+    train = SimpleTrainConfig(num_train_steps=9, train_batch_size=8, learning_rate=1e-3, initialize_from_checkpoint_path=str(run))
+    pinned, digest = pin_initial_weights(train)
+    assert pinned.initialize_from_checkpoint_path == str(run / "checkpoints" / "8")
+    assert digest == hashlib.sha256((run / "checkpoints" / "8" / HASHES).read_bytes()).hexdigest()
+    elsewhere = train.model_copy(update={"initialize_from_checkpoint_path": f"{run}-elsewhere"})
+    with pytest.raises(CheckpointError, match=r"gs://.*-elsewhere is no checkpoint and holds none"):
+        pin_initial_weights(elsewhere)
 
 
 def test_data_that_was_left_out_is_known_to_every_host(run: Path):
