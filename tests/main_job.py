@@ -68,9 +68,9 @@ class MainJob:
             assert time.monotonic() < deadline, f"did not say {text!r}:\n{self.output}"
             time.sleep(0.02)
 
-    def status(self) -> int:
+    def status(self, seconds: float = DEADLINE_SECONDS) -> int:
         """Waits for the end; the exit status."""
-        return self.process.wait(timeout=DEADLINE_SECONDS)
+        return self.process.wait(timeout=seconds)
 
     def peak_memory(self) -> int:
         """Waits for the end; the most bytes that the flow process itself had in memory, looked at every 20 ms."""
