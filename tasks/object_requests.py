@@ -26,6 +26,7 @@ from tasks.storage import StorageError
 RULE = RetryRule(attempts=10, first_seconds=0.5, longest_seconds=32.0)
 ROLE = "roles/storage.objectUser"
 EMULATOR = "STORAGE_EMULATOR_HOST"
+CREDENTIALS = "PREFECT_LLAMA_GCP_CREDENTIALS"  # name of a block of Prefect's type GCP Credentials, instead of the machine's own
 # To connect, and to hear something; a whole request may take a second longer for each MiB.
 _CONNECT_SECONDS, _SILENT_SECONDS, _LEAST_SECONDS = 20.0, 60.0, 120.0
 
@@ -83,7 +84,7 @@ def _once(
 ) -> Reply:
     from fsspec.asyn import sync
 
-    system = _file_system(bool(os.environ.get(EMULATOR)))
+    system = _file_system(bool(os.environ.get(EMULATOR)), os.environ.get(CREDENTIALS))
     given = {"headers": dict(headers or {}), "data": None if body is None else body(), **parameters}
     request = _plain_request()
 
@@ -97,16 +98,31 @@ def _once(
 
 
 @functools.cache
-def _file_system(emulated: bool) -> Any:
-    """gcsfs with the credentials of this machine; with none for a server of tests. One for all threads."""
+def _file_system(emulated: bool, block: str | None) -> Any:
+    """gcsfs with the credentials of this machine or of a block; with none for a server of tests. One for all threads."""
     # its support for zonal buckets imports gRPC and asks for the kind of every bucket
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     from aiohttp import ClientTimeout
     from gcsfs.core import GCSFileSystem
 
     limits: Any = ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_SILENT_SECONDS)
-    token = "anon" if emulated else "google_default"
+    token = "anon" if emulated else "google_default" if block is None else credentials_of(block)
     return GCSFileSystem(token=token, requests_timeout=limits, skip_instance_cache=True, use_listings_cache=False)
+
+
+def credentials_of(block: str) -> Any:
+    """The Google credentials that a Prefect block keeps. Raises StorageError where there is no such block."""
+    from prefect_gcp import GcpCredentials
+
+    try:
+        loaded: Any = GcpCredentials.load(block)
+    except ValueError as error:
+        raise StorageError(
+            errno.EPERM,
+            f"{CREDENTIALS}={block!r}: {str(error).splitlines()[0][:300]} Make it in the Prefect UI (Blocks, GCP Credentials), or unset "
+            f"the variable to use the credentials of this machine",
+        ) from None
+    return loaded.get_credentials_from_service_account()
 
 
 @functools.cache

@@ -7,22 +7,27 @@ import os
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 os.environ.update(PREFECT_SERVER_ANALYTICS_ENABLED="false", DO_NOT_TRACK="1")
 
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
 from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 from prefect.testing.utilities import prefect_test_harness
+from prefect_gcp import GcpCredentials
 
 from flows.train import train_llama
-from tasks import objects
+from tasks import object_requests, objects
 from tasks.artifacts import Artifact, read_manifest
 from tasks.data_plan import is_here
 from tasks.experiment import resolve_run
 from tasks.pipeline import run_steps
 from tasks.places import ObjectPath, Place, place_of, working_directory
 from tasks.planning import plan_rows, plan_run
+from tasks.storage import StorageError
 from tests.object_store import BUCKET, faulty_proxy, object_store, one_in_five
 from tests.step_flow import read_until, runs, start, states, steps, two_steps
 
@@ -151,3 +156,16 @@ def test_a_mixture_with_one_fault_in_five_is_the_mixture_without(store: str, roo
     on_disk = train_llama(root=str(tmp_path / "disk"), only="mixtures/")
     assert contents(faulty) == contents(again) == contents(on_disk)
     print(f"{proxy.seen}")
+
+
+def test_credentials_come_from_a_block_of_prefect(root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()).decode()
+    account = {"type": "service_account", "client_email": "data@mine.iam.gserviceaccount.com", "private_key": pem, "project_id": "mine"}
+    block: Any = GcpCredentials(service_account_info={**account, "token_uri": "https://oauth2.googleapis.com/token"})
+    block.save("storage")
+    assert object_requests.credentials_of("storage").service_account_email == account["client_email"]
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST")
+    monkeypatch.setenv("PREFECT_LLAMA_GCP_CREDENTIALS", "elsewhere")
+    with pytest.raises(StorageError, match=r"PREFECT_LLAMA_GCP_CREDENTIALS='elsewhere'.*Make it in the Prefect UI"):
+        objects.read(ObjectPath.parse(root) / "x")
