@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from importlib.util import find_spec
 from typing import Any, get_args
 from uuid import UUID
 
@@ -12,9 +11,9 @@ import pytest
 from deployments.tpu.environment import generation_environment
 from deployments.tpu.host_agent import CACHE_DIRECTORY
 from deployments.tpu.request import SliceName, bucket_root, host_environment, log_directory
+from deployments.tpu.smoke import Broken, libtpu
 from deployments.tpu.worker import where_hosts_log
 from model.preflight.compiler_flags import ASYNC_ALL_GATHER, REDUCE_SCATTER_MATMUL, WHOLE_PRODUCTS
-from model.preflight.topology import check_compiler
 from model.slices import Generation
 from tests.test_tpu_form import cloud
 
@@ -46,29 +45,11 @@ def test_no_option_of_the_compiler_is_told_twice() -> None:
     assert not chosen & {name for generation in get_args(Generation) for name in flags(generation_environment(generation, 2))}
 
 
-# What libtpu does not know ends the process that loads it, on every host of the slice.
-LOAD = """
-import os, sys
-from model.preflight.topology import prepare
-prepare()
-os.environ["LIBTPU_INIT_ARGS"] = sys.argv[1]
-from jax.experimental.topologies import get_topology_desc
-from model.slices import slice_named
-print(len(get_topology_desc(**slice_named("v6e-16").topology_arguments(2)).devices))
-"""
-
-
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is for Linux on x86-64")
 def test_libtpu_knows_every_flag() -> None:
-    try:
-        check_compiler()
-    except ValueError as absent:
-        pytest.skip(str(absent))
-    told = generation_environment("v6e", 2)["LIBTPU_INIT_ARGS"]
-    known = subprocess.run([sys.executable, "-c", LOAD, told], capture_output=True, text=True, timeout=120)
-    assert known.stdout.strip() == "32", known.stderr
-    unknown = subprocess.run([sys.executable, "-c", LOAD, "--no_such_flag=1"], capture_output=True, text=True, timeout=120)
-    assert "no_such_flag" in unknown.stderr
-    assert unknown.returncode != 0
+    assert "32 chips" in libtpu(generation_environment("v6e", 2)["LIBTPU_INIT_ARGS"])
+    with pytest.raises(Broken, match="no_such_flag"):
+        libtpu("--no_such_flag=1")
 
 
 def test_what_a_person_sets_prevails() -> None:
