@@ -18,7 +18,7 @@ from model.slices import Generation
 from tests.test_tpu_form import cloud
 
 NAME = SliceName(UUID("12345678-1234-5678-1234-567812345678"), 3)
-JOB = {"directory": "gs://bucket/my/root/checkpoints/debug-0123"}
+JOB = {"directory": "/cache/gs/bucket/my/root/checkpoints/debug-0123", "bucket": "gs://bucket/my/root/checkpoints/debug-0123"}
 
 
 def flags(environment: dict[str, str]) -> dict[str, str]:
@@ -30,11 +30,7 @@ def flags(environment: dict[str, str]) -> dict[str, str]:
 @pytest.mark.parametrize("generation", get_args(Generation))
 def test_by_generation(generation: Generation) -> None:
     one, several = generation_environment(generation, 1), generation_environment(generation, 2)
-    assert one == {
-        "JAX_PLATFORMS": "tpu,cpu",
-        "JAX_COMPILATION_CACHE_DIR": f"{CACHE_DIRECTORY}/compiled",
-        "PREFECT_LLAMA_CACHE": str(CACHE_DIRECTORY),
-    }
+    assert one == {"JAX_PLATFORMS": "tpu,cpu", "PREFECT_LLAMA_CACHE": str(CACHE_DIRECTORY)}
     assert several.keys() - one.keys() == {"LIBTPU_INIT_ARGS"}
     assert flags(several)["megascale_grpc_premap_memory_bytes"] == "17179869184"
     assert ("xla_tpu_iova_dma_chunk_size_bytes" in flags(several)) == (generation == "v6e")
@@ -73,8 +69,8 @@ def test_simulated_hosts_are_told_nothing_of_tpus() -> None:
     ("job", "root"),
     [
         (JOB, "gs://bucket/my/root"),
-        ({"directory": "gs:/bucket/checkpoints/debug-0123"}, "gs://bucket"),  # as a Path has it
-        ({"directory": "/disk/checkpoints/debug-0123"}, None),
+        ({"bucket": "gs://bucket/checkpoints/debug-0123"}, "gs://bucket"),
+        ({"directory": "/disk/checkpoints/debug-0123", "bucket": None}, None),
         ({}, None),
     ],
 )

@@ -5,8 +5,7 @@ was measured. These are of the runtime, which reads them once, when it starts. O
 slice by itself, so no TPU_* variable is needed in a container, and its 4 GiB of pinned transfer buffers (TPU_PREMAPPED_BUFFER_SIZE)
 are enough for what the trainer moves. https://cloud.google.com/tpu/docs/performance-guide
 
-Compiled programs stay on the host's disk. JAX would share them through a bucket by importing TensorFlow into the trainer, and runs what it
-finds there: whoever may write to the bucket could run anything on the slice. https://docs.jax.dev/en/latest/persistent_compilation_cache.html
+Where compiled programs are kept is the trainer's to say: with the run, so that the next slice finds them (`model.training_process`).
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ def generation_environment(generation: Generation, num_slices: int) -> dict[str,
     """Environment variables of every host. A chip that does not start is an error that another slice may not have, and no run on CPUs."""
     found = {
         "JAX_PLATFORMS": "tpu,cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(CACHE_DIRECTORY / "compiled"),
         CACHE_VARIABLE: str(CACHE_DIRECTORY),
     }
     if num_slices > 1:

@@ -61,9 +61,9 @@ def labels(configuration: TPUJobConfiguration, flow_run: UUID, pool: str) -> dic
 
 
 def bucket_root(job: dict[str, Any]) -> str | None:
-    """The root of a job's artifacts, `gs://bucket/prefix`, where that is in a bucket; the job's directory is `{root}/checkpoints/{run}`."""
-    match = re.fullmatch(r"gs:/{1,2}([^/].*)/[^/]+/[^/]+", str(job.get("directory", "")))
-    return f"gs://{match[1]}" if match else None
+    """The root of a job's artifacts, `gs://bucket/prefix`, where that is in a bucket; what the job makes is `{root}/checkpoints/{run}`."""
+    match = re.fullmatch(r"(gs://[^/]+.*)/[^/]+/[^/]+", job.get("bucket") or "")
+    return match[1] if match else None
 
 
 def log_directory(configuration: TPUJobConfiguration, parameters: dict[str, Any], name: SliceName) -> str | None:

@@ -35,9 +35,9 @@ class Broken(Exception):
 
 
 def trainer() -> str:
-    """The trainer, with JAX, as followers run it."""
-    module = import_module("model.training_process")
-    return f"{module.__name__}, JAX {sys.modules['jax'].__version__}"
+    """The trainer, with JAX, and what followers run before it."""
+    names = [import_module(name).__name__ for name in ("tasks.follower", "model.training_process")]
+    return f"{' and '.join(names)}, JAX {sys.modules['jax'].__version__}"
 
 
 def flow() -> str:
