@@ -164,12 +164,13 @@ def test_with_an_image_the_command_runs_in_it(server: MetadataServer, tmp_path: 
     command, _, environment = command_line(told, place, {"WANDB_API_KEY": "canary"}, tmp_path)
     assert command[:2] == ["docker", "run"]
     assert {"--rm", "--init", "--privileged", "--net=host", "memlock=-1:-1"} < set(command)
-    assert command[command.index("host/image@sha256:1") + 1 :] == [sys.executable, "-c", "pass", str(tmp_path / "job.json")]
-    assert tmp_path.stat().st_mode & 0o005 == 0o005  # the image's user is another than root
-    assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o777
-    assert f"{tmp_path}/cache:{tmp_path}/cache" in command
+    assert command[command.index("host/image@sha256:1") + 1 :] == [sys.executable, "-c", "pass", str(tmp_path / "shared" / "job.json")]
+    mounted = {argument for argument in command if argument.startswith("/") and ":" in argument}
+    assert mounted == {f"{tmp_path}/{name}:{tmp_path}/{name}" for name in ("shared", "cache")}
+    assert all((tmp_path / name).stat().st_mode & 0o777 == 0o777 for name in ("shared", "cache"))  # the image's user is no root
     assert "canary" not in " ".join(command)  # which every process of the host could read
     listed = Path(command[command.index("--env-file") + 1])
+    assert listed.parent == tmp_path  # outside of what is mounted
     assert listed.read_text() == "WANDB_API_KEY=canary\n"
     assert listed.stat().st_mode & 0o777 == 0o600
     assert "WANDB_API_KEY" not in environment
@@ -184,7 +185,8 @@ def test_every_user_of_the_image_may_use_the_chips(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(host_agent, "DEVICES", tmp_path)
     monkeypatch.setattr(host_agent, "CACHE_DIRECTORY", tmp_path / "cache")
     monkeypatch.setattr(Path, "is_char_device", Path.is_fifo)
-    host_agent.docker_run(tmp_path / "environment", tmp_path)
+    (tmp_path / "work").mkdir()
+    host_agent.docker_run(tmp_path / "environment", tmp_path / "work")
     modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if not path.is_dir()}
     assert modes == {"accel0": 0o666, "vfio": 0o666, "12": 0o666, "notes": 0o600}
 

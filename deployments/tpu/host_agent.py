@@ -129,32 +129,34 @@ def secrets(metadata: Metadata, names: dict[str, str]) -> dict[str, str]:
 
 def command_line(launch: dict[str, Any], place: Place, environment: dict[str, str], work: Path) -> tuple[list[str], Path, dict[str, str]]:
     """The command of this host, the directory to run it in, and its environment."""
-    parameters = work / "job.json"
+    shared = work / "shared"  # with the command, which writes into the job what it finds out about this host
+    shared.mkdir()
+    parameters = shared / "job.json"
     parameters.write_text(json.dumps(launch["follower_job"]))
     command = [part.replace("{job}", str(parameters)) for part in launch["leader" if place.process == 0 else "follower"]]
     if launch.get("image"):
         listed = work / "environment"
         with open(os.open(listed, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
             file.writelines(f"{name}={value}\n" for name, value in environment.items())
-        return [*docker_run(listed, work), launch["image"], *command], work, dict(os.environ)
+        return [*docker_run(listed, shared), launch["image"], *command], work, dict(os.environ)
     directory = Path(launch.get("directory") or CODE_DIRECTORY)
     return command, directory, dict(os.environ, **environment)
 
 
-def docker_run(listed: Path, work: Path) -> list[str]:
-    """`docker run` up to the image, whose user need not be root: device nodes and the job are made readable, pinned memory is not limited.
+def docker_run(listed: Path, shared: Path) -> list[str]:
+    """`docker run` up to the image, whose user need not be root: it may use the chips, change what is shared, and pin memory.
 
     v4 shows its chips as /dev/accel*, later generations as /dev/vfio/*, where pinning counts against the user's memlock.
     """
-    work.chmod(0o755)
     CACHE_DIRECTORY.mkdir(parents=True, exist_ok=True)
-    CACHE_DIRECTORY.chmod(0o777)
+    for place in (shared, CACHE_DIRECTORY):
+        place.chmod(0o777)
     for node in (each for pattern in ("accel*", "accel/*", "vfio/**/*") for each in DEVICES.glob(pattern)):
         if node.is_char_device() and node.stat().st_mode & 0o006 != 0o006:
             node.chmod(node.stat().st_mode | 0o666)
     subprocess.run(["docker", "rm", "--force", CONTAINER], capture_output=True, check=False)  # of an agent that was killed
     flags = ["--rm", "--init", "--privileged", "--net=host", "--ulimit", "memlock=-1:-1", "--name", CONTAINER]
-    mounts = [argument for place in (work, CACHE_DIRECTORY) for argument in ("-v", f"{place}:{place}")]
+    mounts = [argument for place in (shared, CACHE_DIRECTORY) for argument in ("-v", f"{place}:{place}")]
     return ["docker", "run", *flags, "--env-file", str(listed), *mounts]
 
 
