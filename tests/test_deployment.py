@@ -52,7 +52,9 @@ def test_deployed_runs_and_their_artifacts(prefect: Prefect) -> None:
     slices.gone()
     leader, follower = (path.read_text() for path in sorted(slices.directory.glob("pl-*.log")))
     assert "flow-run execute" in leader
-    assert "model.training_process" in follower
+    assert "tasks.follower" in follower
+    said = [entry["message"] for entry in prefect.post("/logs/filter", logs={"flow_run_id": {"any_": [child["id"]]}})]
+    assert any(message.startswith(f"its hosts log to {slices.directory}/pl-") for message in said), said
     assert '"processes": 2' in follower
 
     # The bare name trains in the run itself. Where it trains is no part of what it is, so nothing runs.

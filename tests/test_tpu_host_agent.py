@@ -7,7 +7,6 @@ import base64
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -21,7 +20,8 @@ import pytest
 from deployments.tpu import host_agent
 from deployments.tpu.emulator.metadata import MetadataServer
 from deployments.tpu.host_agent import Metadata, Place, command_line
-from deployments.tpu.request import AGENT
+from deployments.tpu.request import HOST_MODULES
+from tests.host_boot import boot, launch
 
 TPU_ENV = "ACCELERATOR_TYPE: 'v4-16'\nWORKER_ID: '1'"
 MULTISLICE = f"{TPU_ENV}\nMEGASCALE_NUM_SLICES: '3'\nMEGASCALE_SLICE_ID: '2'\nMEGASCALE_COORDINATOR_ADDRESS: '10.0.0.9'"
@@ -45,25 +45,8 @@ def server(attributes: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Itera
     server.close()
 
 
-def launch(command: str, **changed: Any) -> dict[str, Any]:
-    told = {
-        "leader": [sys.executable, "-c", "raise SystemExit('this host is no leader')"],
-        "follower": [sys.executable, "-c", command, "{job}"],
-        "follower_job": {"name": "a job"},
-        "env": {"OWN": "value"},
-        "secrets": {},
-        "coordinator_port": 8476,
-        "directory": str(Path.cwd()),
-    }
-    return {**told, **changed}
-
-
 def said(server: MetadataServer) -> dict[str, str]:
     return {key: value for (namespace, key), value in server.guest_attributes.items() if namespace == host_agent.NAMESPACE}
-
-
-def boot(**environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([str(AGENT)], env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def test_a_host_of_one_slice(server: MetadataServer) -> None:
@@ -87,7 +70,7 @@ def test_a_boot_runs_the_followers_command_and_reports(server: MetadataServer, a
     found = tmp_path / "found.json"
     command = f"import json, os, sys; json.dump([json.load(open(sys.argv[1])), dict(os.environ)], open({str(found)!r}, 'w')); sys.exit(7)"
     attributes[host_agent.LAUNCH] = json.dumps(launch(command))
-    process = boot()
+    process = boot(tmp_path)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 7, output
     job, environment = json.loads(found.read_text())
@@ -97,10 +80,10 @@ def test_a_boot_runs_the_followers_command_and_reports(server: MetadataServer, a
     assert said(server) == {"exit_code": "7", "phase": "ended", "process": "1"}
 
 
-def test_told_to_stop_it_passes_that_on_and_says_so(server: MetadataServer, attributes: dict[str, str]) -> None:
+def test_told_to_stop_it_passes_that_on_and_says_so(server: MetadataServer, attributes: dict[str, str], tmp_path: Path) -> None:
     saves = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); signal.pause()"
     attributes[host_agent.LAUNCH] = json.dumps(launch(saves))
-    process = boot()
+    process = boot(tmp_path)
     deadline = time.monotonic() + 60
     while said(server).get("phase") != "running":
         assert time.monotonic() < deadline
@@ -112,10 +95,10 @@ def test_told_to_stop_it_passes_that_on_and_says_so(server: MetadataServer, attr
     assert said(server)["exit_code"] == host_agent.TERMINATED
 
 
-def test_what_an_earlier_boot_reported_is_over(server: MetadataServer, attributes: dict[str, str]) -> None:
+def test_what_an_earlier_boot_reported_is_over(server: MetadataServer, attributes: dict[str, str], tmp_path: Path) -> None:
     Metadata().report("exit_code", "1")
     attributes[host_agent.LAUNCH] = json.dumps(launch("import signal; signal.pause()"))
-    process = boot()
+    process = boot(tmp_path)
     deadline = time.monotonic() + 60
     while said(server).get("phase") != "running":
         assert time.monotonic() < deadline
@@ -125,8 +108,8 @@ def test_what_an_earlier_boot_reported_is_over(server: MetadataServer, attribute
     process.communicate()
 
 
-def test_without_its_orders_it_says_what_is_wrong(server: MetadataServer) -> None:
-    process = boot()
+def test_without_its_orders_it_says_what_is_wrong(server: MetadataServer, tmp_path: Path) -> None:
+    process = boot(tmp_path)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "error: HTTP Error 404" in output
@@ -158,34 +141,77 @@ def test_secrets_reach_the_command_alone(server: MetadataServer, attributes: dic
     found = tmp_path / "found"
     command = f"import os; open({str(found)!r}, 'w').write(os.environ['WANDB_API_KEY'])"
     attributes[host_agent.LAUNCH] = json.dumps(launch(command, secrets={"WANDB_API_KEY": "projects/p/secrets/key"}))
-    output, _ = boot(SECRET_MANAGER_ADDRESS=secret_manager).communicate(timeout=60)
+    output, _ = boot(tmp_path, SECRET_MANAGER_ADDRESS=secret_manager).communicate(timeout=60)
     assert found.read_text() == "canary", output
     assert "canary" not in output
     assert "canary" not in str(server.guest_attributes)
 
 
-def test_a_secret_that_may_not_be_read_names_the_role(server: MetadataServer, attributes: dict[str, str], secret_manager: str) -> None:
+def test_a_secret_that_may_not_be_read_names_the_role(
+    server: MetadataServer, attributes: dict[str, str], secret_manager: str, tmp_path: Path
+) -> None:
     attributes[host_agent.LAUNCH] = json.dumps(launch("pass", secrets={"HF_TOKEN": "projects/p/secrets/other"}))
-    output, _ = boot(SECRET_MANAGER_ADDRESS=secret_manager).communicate(timeout=60)
+    output, _ = boot(tmp_path, SECRET_MANAGER_ADDRESS=secret_manager).communicate(timeout=60)
     assert "cannot read the secret projects/p/secrets/other for HF_TOKEN (HTTP 403)" in output
     assert "roles/secretmanager.secretAccessor" in said(server)["error"]
 
 
-def test_with_an_image_the_command_runs_in_it(server: MetadataServer, tmp_path: Path) -> None:
+def test_with_an_image_the_command_runs_in_it(server: MetadataServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_agent, "CACHE_DIRECTORY", tmp_path / "cache")
+    monkeypatch.setattr(host_agent, "DEVICES", tmp_path / "no-devices")
     place = Place(Metadata(), 1)
     told = launch("pass", image="host/image@sha256:1", directory=None)
     command, _, environment = command_line(told, place, {"WANDB_API_KEY": "canary"}, tmp_path)
-    assert command[:5] == ["docker", "run", "--rm", "--privileged", "--net=host"]
-    assert "host/image@sha256:1" in command
+    assert command[:2] == ["docker", "run"]
+    assert {"--rm", "--init", "--privileged", "--net=host", "memlock=-1:-1"} < set(command)
+    assert command[command.index("host/image@sha256:1") + 1 :] == [sys.executable, "-c", "pass", str(tmp_path / "shared" / "job.json")]
+    mounted = {argument for argument in command if argument.startswith("/") and ":" in argument}
+    assert mounted == {f"{tmp_path}/{name}:{tmp_path}/{name}" for name in ("shared", "cache")}
+    assert all((tmp_path / name).stat().st_mode & 0o777 == 0o777 for name in ("shared", "cache"))  # the image's user is no root
     assert "canary" not in " ".join(command)  # which every process of the host could read
     listed = Path(command[command.index("--env-file") + 1])
+    assert listed.parent == tmp_path  # outside of what is mounted
     assert listed.read_text() == "WANDB_API_KEY=canary\n"
     assert listed.stat().st_mode & 0o777 == 0o600
     assert "WANDB_API_KEY" not in environment
 
 
+def test_every_user_of_the_image_may_use_the_chips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "vfio").mkdir()
+    for name in ("accel0", "vfio/vfio", "vfio/12"):
+        os.mkfifo(tmp_path / name)  # a character device can be made by root alone
+        (tmp_path / name).chmod(0o600)
+    (tmp_path / "vfio" / "notes").touch(0o600)
+    monkeypatch.setattr(host_agent, "DEVICES", tmp_path)
+    monkeypatch.setattr(host_agent, "CACHE_DIRECTORY", tmp_path / "cache")
+    monkeypatch.setattr(Path, "is_char_device", Path.is_fifo)
+    (tmp_path / "work").mkdir()
+    host_agent.docker_run(tmp_path / "environment", tmp_path / "work")
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if not path.is_dir()}
+    assert modes == {"accel0": 0o666, "vfio": 0o666, "12": 0o666, "notes": 0o600}
+
+
+@pytest.mark.parametrize(("image", "registry"), [("us-docker.pkg.dev/p/r/i@sha256:1", "us-docker.pkg.dev"), ("ghcr.io/o/i@sha256:1", None)])
+def test_an_image_of_googles_is_pulled_with_the_hosts_account(
+    server: MetadataServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, image: str, registry: str | None
+) -> None:
+    docker = tmp_path / "docker"
+    docker.write_text('#!/bin/sh\necho "$@ <" $([ "$1" = login ] && cat) "> $DOCKER_CONFIG" >> "$0.calls"\n')
+    docker.chmod(0o700)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    host_agent.pull(image, Metadata())
+    *logins, pulled = (tmp_path / "docker.calls").read_text().splitlines()
+    assert pulled.startswith(f"pull --quiet {image} <")
+    assert [line.split(" > ")[0] for line in logins] == (
+        [f"login --username oauth2accesstoken --password-stdin https://{registry} < emulated"] if registry else []
+    )
+    assert not Path(pulled.split(" > ")[1]).exists()  # what the login left
+
+
 def test_it_needs_the_standard_library_alone() -> None:
-    tree = ast.parse(AGENT.read_text())
-    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert {name.partition(".")[0] for name in names} <= sys.stdlib_module_names
+    for module in HOST_MODULES:
+        tree = ast.parse((Path(host_agent.__file__).parent / f"{module}.py").read_text())
+        names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        others = {name for name in names if name.partition(".")[0] not in sys.stdlib_module_names}
+        assert others <= {f"deployments.tpu.{other}" for other in HOST_MODULES}

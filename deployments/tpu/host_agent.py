@@ -1,8 +1,8 @@
-#!/usr/bin/env python3
-"""What every host of a slice runs at boot: it is the slice's `startup-script`, so it imports the standard library alone.
+"""What every host of a slice runs at boot. It becomes the slice's startup script, so it imports the standard library and `host_log` alone.
 
 It works out which of the run's processes this host is, gets the code, runs the leader's or a follower's command, forwards the request
-to stop, and reports how it ended as a guest attribute, where the worker reads it without a connection to the host.
+to stop, and reports how it ended as a guest attribute, where the worker reads it without a connection to the host. What the command
+says goes to this script's own output and, where the run has a bucket, into an object there.
 
     leader (process 0)   `prefect flow-run execute`: the flow, which starts the trainer as its child
     followers            the trainer itself, with the flow run's parameters; they need no Prefect
@@ -19,7 +19,6 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
@@ -28,10 +27,16 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from deployments.tpu.host_log import BucketLog, HostLog
+
 LAUNCH = "prefect-llama-launch"  # the attribute that says what to run, as JSON
 NAMESPACE = "prefect-llama"  # of the guest attributes
 TERMINATED = "terminated"
 CODE_DIRECTORY = Path("/opt/prefect-llama")
+CACHE_DIRECTORY = Path("/var/cache/prefect-llama")  # on the host's disk: a container that is started after a reboot finds it again
+CONTAINER = "prefect-llama"
+DEVICES = Path("/dev")
+LIBC = ctypes.CDLL(None)  # loaded while there is one thread: a child between fork and exec cannot
 TRIES = 5
 
 
@@ -53,6 +58,10 @@ class Metadata:
     def get(self, path: str) -> str:
         """The text at `path`."""
         return self._call(path, None)
+
+    def token(self) -> str:
+        """An access token of the host's service account."""
+        return json.loads(self.get("instance/service-accounts/default/token"))["access_token"]
 
     def report(self, name: str, value: object) -> None:
         """Sets a guest attribute. Whoever reads it may be away, but this host's own metadata server is not."""
@@ -101,7 +110,7 @@ def secrets(metadata: Metadata, names: dict[str, str]) -> dict[str, str]:
     """The values of Secret Manager's newest versions, read with the host's own service account."""
     if not names:
         return {}
-    token = json.loads(metadata.get("instance/service-accounts/default/token"))["access_token"]
+    token = metadata.token()
     root = os.environ.get("SECRET_MANAGER_ADDRESS", "https://secretmanager.googleapis.com")
     values = {}
     for variable, name in names.items():
@@ -120,23 +129,52 @@ def secrets(metadata: Metadata, names: dict[str, str]) -> dict[str, str]:
 
 def command_line(launch: dict[str, Any], place: Place, environment: dict[str, str], work: Path) -> tuple[list[str], Path, dict[str, str]]:
     """The command of this host, the directory to run it in, and its environment."""
-    parameters = work / "job.json"
+    shared = work / "shared"  # with the command, which writes into the job what it finds out about this host
+    shared.mkdir()
+    parameters = shared / "job.json"
     parameters.write_text(json.dumps(launch["follower_job"]))
     command = [part.replace("{job}", str(parameters)) for part in launch["leader" if place.process == 0 else "follower"]]
     if launch.get("image"):
         listed = work / "environment"
         with open(os.open(listed, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
             file.writelines(f"{name}={value}\n" for name, value in environment.items())
-        docker = ["docker", "run", "--rm", "--privileged", "--net=host", "--env-file", str(listed), "-v", f"{work}:{work}", launch["image"]]
-        return docker + command, work, dict(os.environ)
+        return [*docker_run(listed, shared), launch["image"], *command], work, dict(os.environ)
     directory = Path(launch.get("directory") or CODE_DIRECTORY)
     return command, directory, dict(os.environ, **environment)
 
 
-def get_code(launch: dict[str, Any]) -> None:
+def docker_run(listed: Path, shared: Path) -> list[str]:
+    """`docker run` up to the image, whose user need not be root: it may use the chips, change what is shared, and pin memory.
+
+    v4 shows its chips as /dev/accel*, later generations as /dev/vfio/*, where pinning counts against the user's memlock.
+    """
+    CACHE_DIRECTORY.mkdir(parents=True, exist_ok=True)
+    for place in (shared, CACHE_DIRECTORY):
+        place.chmod(0o777)
+    for node in (each for pattern in ("accel*", "accel/*", "vfio/**/*") for each in DEVICES.glob(pattern)):
+        if node.is_char_device() and node.stat().st_mode & 0o006 != 0o006:
+            node.chmod(node.stat().st_mode | 0o666)
+    subprocess.run(["docker", "rm", "--force", CONTAINER], capture_output=True, check=False)  # of an agent that was killed
+    flags = ["--rm", "--init", "--privileged", "--net=host", "--ulimit", "memlock=-1:-1", "--name", CONTAINER]
+    mounts = [argument for place in (shared, CACHE_DIRECTORY) for argument in ("-v", f"{place}:{place}")]
+    return ["docker", "run", *flags, "--env-file", str(listed), *mounts]
+
+
+def pull(image: str, metadata: Metadata) -> None:
+    """Pulls the image; from Google's registries with the host's own service account, whose token is on the disk meanwhile only."""
+    registry = image.partition("/")[0]
+    with tempfile.TemporaryDirectory(prefix="prefect-llama-docker-") as private:
+        environment = {**os.environ, "DOCKER_CONFIG": private}
+        if registry.endswith(("-docker.pkg.dev", "gcr.io")):
+            login = ["docker", "login", "--username", "oauth2accesstoken", "--password-stdin", f"https://{registry}"]
+            subprocess.run(login, input=metadata.token().encode(), env=environment, check=True)
+        subprocess.run(["docker", "pull", "--quiet", image], env=environment, check=True)
+
+
+def get_code(launch: dict[str, Any], metadata: Metadata) -> None:
     """Brings the image or the checkout onto this host, unless a boot before did."""
     if launch.get("image"):
-        subprocess.run(["docker", "pull", launch["image"]], check=True)
+        pull(launch["image"], metadata)
     elif not launch.get("directory"):
         if not CODE_DIRECTORY.is_dir():
             subprocess.run(["git", "clone", "--no-checkout", launch["repository"], CODE_DIRECTORY], check=True)
@@ -146,7 +184,7 @@ def get_code(launch: dict[str, Any]) -> None:
 
 def die_with_parent() -> None:
     """In the child: no command outlives this script, to write beside the one of the next boot."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 class Child:
@@ -162,38 +200,47 @@ class Child:
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
 
-    def run(self, command: list[str], directory: Path, environment: dict[str, str]) -> int:
+    def run(self, command: list[str], directory: Path, environment: dict[str, str], log: HostLog) -> int:
         """Runs it to its end; the exit status, of a death by signal as a shell has it."""
-        print("running", shlex.join(command), flush=True)
-        self._process = subprocess.Popen(command, cwd=directory, env=environment, preexec_fn=die_with_parent)
+        log.say(f"running {shlex.join(command)}")
+        self._process = subprocess.Popen(
+            command, cwd=directory, env=environment, preexec_fn=die_with_parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        assert self._process.stdout is not None
+        log.follow(self._process.stdout)
         if self.told_to_stop:
             self._process.send_signal(signal.SIGTERM)
         status = self._process.wait()
         return status if status >= 0 else 128 - status
 
 
+def run_command(metadata: Metadata, child: Child, log: HostLog) -> int:
+    """Gets ready what this host is to run, and runs it; its exit status."""
+    launch = json.loads(metadata.attribute(LAUNCH))
+    place = Place(metadata, launch["coordinator_port"])
+    metadata.report("process", place.process)
+    if launch.get("logs"):
+        log.bucket = BucketLog(metadata.token, f"{launch['logs']}/host-{place.process}.log")
+    values = secrets(metadata, launch["secrets"])
+    log.hide(list(values.values()))
+    get_code(launch, metadata)
+    work = Path(tempfile.mkdtemp(prefix="prefect-llama-"))
+    metadata.report("phase", "running")
+    return child.run(*command_line(launch, place, dict(launch["env"], **place.environment(), **values), work), log)
+
+
 def main() -> int:
     """One boot of this host; returns the exit status."""
-    metadata, child = Metadata(), Child()
+    metadata, child, log = Metadata(), Child(), HostLog()
     metadata.report("exit_code", "")  # what an earlier boot said is over
     metadata.report("phase", "starting")
     try:
-        launch = json.loads(metadata.attribute(LAUNCH))
-        place = Place(metadata, launch["coordinator_port"])
-        metadata.report("process", place.process)
-        environment = dict(launch["env"], **place.environment(), **secrets(metadata, launch["secrets"]))
-        get_code(launch)
-        work = Path(tempfile.mkdtemp(prefix="prefect-llama-"))
-        metadata.report("phase", "running")
-        status = child.run(*command_line(launch, place, environment, work))
+        status = run_command(metadata, child, log)
     except (SystemExit, Exception) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        log.say(f"error: {error}")
         metadata.report("error", str(error)[:1000])
         status = 1
     metadata.report("exit_code", TERMINATED if child.told_to_stop else status)
+    log.close()
     metadata.report("phase", "ended")
     return status
-
-
-if __name__ == "__main__":
-    sys.exit(main())

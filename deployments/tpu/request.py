@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+from deployments.tpu.environment import generation_environment
 from deployments.tpu.form import TPUJobConfiguration
 from deployments.tpu.host_agent import LAUNCH
 
-AGENT = Path(__file__).with_name("host_agent.py")
+HOST_MODULES = ("host_log", "host_agent")  # in the order in which they import each other
 CHECKOUT = Path(__file__).resolve().parents[2]
 COORDINATOR_PORT = 8476
 PREFIX = "pl"
@@ -58,13 +60,51 @@ def labels(configuration: TPUJobConfiguration, flow_run: UUID, pool: str) -> dic
     return {POOL_LABEL: label(pool), RUN_LABEL: str(flow_run), **{name: str(limits[name]) for name in LIMIT_LABELS}}
 
 
-def metadata(configuration: TPUJobConfiguration, parameters: dict[str, Any], python: str, port: int) -> dict[str, str]:
+def bucket_root(job: dict[str, Any]) -> str | None:
+    """The root of a job's artifacts, `gs://bucket/prefix`, where that is in a bucket; what the job makes is `{root}/checkpoints/{run}`."""
+    match = re.fullmatch(r"(gs://[^/]+.*)/[^/]+/[^/]+", job.get("bucket") or "")
+    return match[1] if match else None
+
+
+def log_directory(configuration: TPUJobConfiguration, parameters: dict[str, Any], name: SliceName) -> str | None:
+    """Where the hosts of a slice bring their logs; None where these stay on the hosts, which `local` shows on this machine."""
+    root = bucket_root(parameters.get("job", {}))
+    return f"{root}/logs/{name.flow_run}/{name.attempt}" if root and configuration.provider == "cloud" else None
+
+
+def host_environment(configuration: TPUJobConfiguration) -> dict[str, str]:
+    """What every host's command finds in its environment: what its chips need, and what a person set, which prevails."""
+    found: dict[str, str] = {}
+    if configuration.provider == "cloud":
+        found = generation_environment(configuration.tpu_slice.generation, configuration.num_slices)
+    return found | {key: str(value) for key, value in configuration.env.items() if value is not None}
+
+
+def startup_script() -> str:
+    """The program that every host runs at boot: the modules of HOST_MODULES in one file, which needs Python 3.10 and no package."""
+    here = Path(__file__).parent
+    sources = {f"{__package__}.{name}": here.joinpath(f"{name}.py").read_text(encoding="utf-8") for name in HOST_MODULES}
+    program = f"""\
+        #!/usr/bin/env python3
+        import sys, types
+        for name, source in {sources!r}.items():
+            sys.modules[name] = types.ModuleType(name)
+            exec(compile(source, name, "exec"), sys.modules[name].__dict__)
+        sys.exit(sys.modules[name].main())
+        """
+    return textwrap.dedent(program)
+
+
+def metadata(
+    configuration: TPUJobConfiguration, parameters: dict[str, Any], python: str, port: int, logs: str | None = None
+) -> dict[str, str]:
     """The slice's metadata: the script that every host runs, and what it is to run.
 
     Args:
         parameters: the flow run's; "job" is what followers get.
         python: the interpreter of this machine, for hosts that are its processes.
         port: where process 0 is found by the others.
+        logs: the `log_directory`.
     """
     local = configuration.provider == "local"
     interpreter = python if local else "python" if configuration.image else ".venv/bin/python"
@@ -72,15 +112,16 @@ def metadata(configuration: TPUJobConfiguration, parameters: dict[str, Any], pyt
         "leader": [interpreter, "-m", "prefect", "flow-run", "execute"],
         "follower": [interpreter, "-m", "tasks.follower", "{job}"],
         "follower_job": parameters.get("job", {}),
-        "env": {key: str(value) for key, value in configuration.env.items() if value is not None},
+        "env": host_environment(configuration),
         "secrets": configuration.secrets,
         "coordinator_port": port,
+        "logs": logs,
         "directory": str(CHECKOUT) if local else None,
         "image": None if local else configuration.image,
         "repository": configuration.repository,
         "revision": configuration.revision,
     }
-    found = {"startup-script": AGENT.read_text(encoding="utf-8"), LAUNCH: json.dumps(launch), "enable-guest-attributes": "TRUE"}
+    found = {"startup-script": startup_script(), LAUNCH: json.dumps(launch), "enable-guest-attributes": "TRUE"}
     if configuration.devices_per_host:
         found["simulated-devices-per-host"] = str(configuration.devices_per_host)
     return found

@@ -19,7 +19,7 @@ from prefect.workers.base import BaseWorker, BaseWorkerResult
 
 from deployments.tpu.decide import Change
 from deployments.tpu.form import SliceFields, TPUJobConfiguration, TPUVariables
-from deployments.tpu.request import COORDINATOR_PORT, RUN_LABEL, SliceName, labels, metadata
+from deployments.tpu.request import COORDINATOR_PORT, RUN_LABEL, SliceName, labels, log_directory, metadata
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
@@ -89,14 +89,15 @@ class TPUWorker(BaseWorker[TPUJobConfiguration, TPUVariables, TPUWorkerResult]):
         before = SliceName.parse(flow_run.infrastructure_pid or "")
         attempt = 1 + max([name.attempt for name in (before, *map(_name_of, older)) if name is not None], default=0)
         await self._wait_until_gone(older)
-        name = str(SliceName(flow_run.id, attempt))
+        slice_name = SliceName(flow_run.id, attempt)
+        name, logs = str(slice_name), log_directory(configuration, flow_run.parameters, slice_name)
         port = _free_port() if configuration.provider == "local" else COORDINATOR_PORT
         made = await cloud.create(
             configuration,
             zone,
             name,
             labels(configuration, flow_run.id, self.work_pool.name),
-            metadata(configuration, dict(flow_run.parameters), sys.executable, port),
+            metadata(configuration, dict(flow_run.parameters), sys.executable, port, logs),
         )
         self.get_flow_run_logger(flow_run).info(
             "asked for %d x %s (%s) in %s as %s",
@@ -106,6 +107,7 @@ class TPUWorker(BaseWorker[TPUJobConfiguration, TPUVariables, TPUWorkerResult]):
             zone,
             name,
         )
+        self.get_flow_run_logger(flow_run).info("its hosts log to %s", where_hosts_log(configuration, name, logs))
         return made
 
     async def _older_slices(self, flow_run: FlowRun, configuration: TPUJobConfiguration) -> list[CloudSlice]:
@@ -150,6 +152,18 @@ def is_local(name: str) -> bool:
 def emulator_directory() -> Path:
     """Where the simulated slices of this machine keep their logs."""
     return PREFECT_HOME.value() / "tpu-emulator"
+
+
+def where_hosts_log(configuration: TPUJobConfiguration, name: str, logs: str | None) -> str:
+    """For people: the place of a slice's logs, one for each host, and in a bucket its page in Google's console.
+
+    logs: the `log_directory`.
+    """
+    if configuration.provider == "local":
+        return f"{emulator_directory()}/{name}*.log"
+    if logs is None:
+        return "the system log of each host, which goes with it: with --root in a bucket they are kept there"
+    return f"{logs}/host-N.log, https://console.cloud.google.com/storage/browser/{logs.removeprefix('gs://')}"
 
 
 def _name_of(each: CloudSlice) -> SliceName | None:
