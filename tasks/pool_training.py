@@ -26,6 +26,7 @@ from tasks.bucket_runs import fetch_records
 from tasks.caching import assert_still_owner, run_logger
 from tasks.children import ChildFailed, ChildStopped, stopping
 from tasks.formatting import duration
+from tasks.pool_checks import check_before_asking
 from tasks.trainer_child import OUTCOME_FILE, read_outcome
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def ask_for_run(client: SyncPrefectClient, job: TrainingJob, deployment: Deploym
     variables: dict[str, Any] = {}
     if job.train.accelerator_type is not None:
         variables = {"accelerator_type": job.train.accelerator_type, "num_slices": job.train.slice_count}
+    check_before_asking(client, job, deployment, variables, place=job.directory, tell=run_logger().info)
     for attempt in itertools.count():
         run = run_deployment(
             name=deployment.id,
