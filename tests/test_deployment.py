@@ -77,6 +77,17 @@ def test_the_form_in_the_ui(prefect: Prefect) -> None:
     assert [schedule["active"] for schedule in schedules] == [False]
 
 
+def test_how_many_runs_at_once(prefect: Prefect) -> None:
+    found = {}
+    for name in ("train-llama/train-llama", "train-llama/tpu", "pretrain/tpu", "sweep-tpu/sweep-tpu"):
+        deployment = httpx.get(f"{prefect.api}/deployments/name/{name}", timeout=30).json()
+        limit, options = deployment["global_concurrency_limit"], deployment["concurrency_options"]
+        found[name] = (limit and limit["limit"], options and options["collision_strategy"])
+    waits = (2, "ENQUEUE")
+    expected = {"train-llama/train-llama": waits, "train-llama/tpu": waits, "pretrain/tpu": (None, None)}
+    assert found == {**expected, "sweep-tpu/sweep-tpu": (1, "CANCEL_NEW")}
+
+
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
