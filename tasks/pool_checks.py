@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.config import LlamaConfig
-from model.mixture_store import MixtureStore
+from model.mixture_store import MixtureTokenizer
 from model.preflight.prices import cost
 from model.slices import slice_named
 from model.train_config import SimpleTrainConfig
 from tasks.bucket_checks import location_finding, use_finding
 from tasks.findings import Finding, refuse
-from tasks.places import Place
+from tasks.places import Place, place_of
 from tasks.pool_settings import TPU, PoolSettings
 from tasks.preflight import preflight, refuse_what_does_not_fit, without_chosen_options
 
@@ -35,12 +35,11 @@ def check_before_asking(
     deployment: DeploymentResponse,
     variables: Mapping[str, Any],
     *,
-    place: Place,
     tell: Callable[[str], None],
 ) -> None:
     """Refuses a job that the deployment's work pool could only waste money on; nothing where a run of the job is there to be adopted.
 
-    variables: job variables of the run. place: where its checkpoints will lie. tell: gets warnings, and how far preflight is.
+    variables: job variables of the run. tell: gets warnings, and how far preflight is.
 
     Raises:
         ValueError: naming the fields, their values and what to change.
@@ -51,9 +50,9 @@ def check_before_asking(
         return
     settings = PoolSettings.of(work_pool, deployment.job_variables, variables)
     check_accelerator_type(settings)
-    model = job.model.with_vocab(MixtureStore.open(job.mixture).tokenizer.vocab_size)
+    model = job.model.with_vocab(MixtureTokenizer.read(job.mixture).vocab_size)
     if settings.provider == "cloud":
-        refuse(place_findings(settings, place), tell)
+        refuse(place_findings(settings, place_of(job.bucket or job.directory)), tell)
         check_fit_and_cost(settings, job.name, model, job.train, tell)
 
 

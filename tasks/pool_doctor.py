@@ -6,17 +6,18 @@ Cloud TPU itself is looked at by `deployments.tpu.doctor`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from model.train_config import SimpleTrainConfig
 from tasks.bucket_checks import clock_finding, storage_clock_finding
-from tasks.findings import Finding
+from tasks.findings import Finding, refuse
 from tasks.places import Place
 from tasks.pool_checks import check_accelerator_type, place_findings
-from tasks.pool_settings import TPU, PoolSettings
+from tasks.pool_settings import TPU, PoolSettings, job_variables
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -79,8 +80,22 @@ def has_pool(client: SyncPrefectClient, pool: str) -> bool:
     return pool in {each.name for each in client.read_work_pools()}
 
 
-def settings_of(client: SyncPrefectClient, pool: str) -> PoolSettings | None:
-    """What slices of a pool of type tpu are asked for with; None for a pool of another type.
+def check_pool(pool: str, root: Place, train: SimpleTrainConfig, *, tell: Callable[[str], None]) -> None:
+    """Refuses, when a run begins, what training would be refused for when its data is ready, hours later.
+
+    Raises:
+        ValueError: naming the fields, their values and what to change.
+    """
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        settings = settings_of(client, pool, job_variables(train))
+    if settings is not None and settings.provider == "cloud":
+        refuse(place_findings(settings, root), tell)
+
+
+def settings_of(client: SyncPrefectClient, pool: str, variables: Mapping[str, Any] | None = None) -> PoolSettings | None:
+    """What slices of a pool of type tpu are asked for with; None for a pool of another type. variables: a run's own job variables.
 
     Raises:
         ValueError: there is no such pool or deployment, or a value of it is wrong.
@@ -91,7 +106,7 @@ def settings_of(client: SyncPrefectClient, pool: str) -> PoolSettings | None:
     work_pool = client.read_work_pool(pool)
     if work_pool.type != TPU:
         return None
-    settings = PoolSettings.of(work_pool, deployment.job_variables)
+    settings = PoolSettings.of(work_pool, deployment.job_variables, variables or {})
     check_accelerator_type(settings)
     return settings
 

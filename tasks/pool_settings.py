@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from model.train_config import SimpleTrainConfig
+
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import WorkPool
 
@@ -48,3 +50,10 @@ class PoolSettings(BaseModel):
                 f"{field}={first['input']!r} of the work pool {work_pool.name!r}: {first['msg']}: correct it in the pool's form or in the "
                 "deployment's job_variables"
             ) from None
+
+
+def job_variables(train: SimpleTrainConfig) -> dict[str, Any]:
+    """What a run of this training asks for beside what the pool and its deployment say."""
+    if train.accelerator_type is None:
+        return {}
+    return {"accelerator_type": train.accelerator_type, "num_slices": train.slice_count}

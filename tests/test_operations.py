@@ -18,7 +18,7 @@ from deployments.tpu.emulator.address import running_emulator
 from deployments.tpu.form import TPUJobConfiguration
 from deployments.tpu.request import SliceName, labels
 from tests.prefect_server import CHECKOUT, Prefect, prefect_server
-from tests.tpu_pool import Slices, until, work_pools
+from tests.tpu_pool import Slices, on_pool, until, work_pools
 
 pytestmark = pytest.mark.slow
 
@@ -118,3 +118,26 @@ def run_once(prefect: Prefect, *parameters: str) -> None:
 
     ended = until(lambda: (state := last()) in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED") and state, "the end of sweep-tpu")
     assert ended == "COMPLETED", (prefect.home / "worker.log").read_text()[-3000:]
+
+
+def test_a_pool_that_cannot_take_the_run_is_told_before_any_work(prefect: Prefect, tmp_path: Path) -> None:
+    before = len(prefect.flow_runs("pretrain"))
+    deployment = httpx.get(f"{prefect.api}/deployments/name/pretrain/tpu", timeout=30).json()["id"]
+    change_variables(prefect, deployment, {"provider": "cloud", "project": "p", "zones": ["us-central2-b"]})
+    try:
+        job = on_pool(prefect, tmp_path / "root", tmp_path)
+        assert job.status() == 1, job.output
+        assert f"--root={tmp_path / 'root'} is a directory of this machine" in job.output
+        assert "give --root gs://bucket/prefix" in job.output
+        change_variables(prefect, deployment, {"accelerator_type": "v4-17"})
+        job = on_pool(prefect, tmp_path / "root", tmp_path)
+        assert job.status() == 1, job.output
+        assert "accelerator_type='v4-17' of the work pool 'tpu': unknown TPU slice 'v4-17': did you mean" in job.output
+    finally:
+        change_variables(prefect, deployment, {})
+    assert not (tmp_path / "root" / "raw").exists()
+    assert len(prefect.flow_runs("pretrain")) == before
+
+
+def change_variables(prefect: Prefect, deployment: str, variables: dict[str, object]) -> None:
+    httpx.patch(f"{prefect.api}/deployments/{deployment}", json={"job_variables": variables}, timeout=30).raise_for_status()

@@ -203,7 +203,7 @@ def job_in(root: Path, **model: Any) -> TrainingJob:
 
 def ask(server: Server, job: TrainingJob, **variables: Any) -> None:
     deployment: Any = SimpleNamespace(id=uuid4(), work_pool_name="tpu", job_variables=variables)
-    check_before_asking(server, job, deployment, {}, place=job.directory, tell=never)  # pyright: ignore[reportArgumentType]
+    check_before_asking(server, job, deployment, {}, tell=never)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_has_rows(tmp_path: Path) -> None:
@@ -220,6 +220,17 @@ def test_a_run_that_is_there_is_adopted_and_pools_of_other_types_are_left_alone(
         ask(Server(wrong, f"{'e' * 64}:0"), job)
     ask(Server(wrong, f"{job.fingerprint}:3"), job)
     ask(Server(work_pool("process", accelerator_type="v4-127")), job)
+
+
+def test_a_job_in_a_bucket_is_looked_at_where_it_lies(tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_store(monkeypatch, server)
+    monkeypatch.setattr(pool_checks, "check_fit_and_cost", lambda *_: None)
+    job = job_in(tmp_path).model_copy(update={"bucket": f"{ROOT}/checkpoints/job-f"})
+    ask(Server(work_pool(accelerator_type="v4-16")), job, provider="cloud", zones=["us-central1-a"])
+    with pytest.raises(
+        ValueError, match=rf"--root=gs://{BUCKET}: the bucket .* is in US-CENTRAL1, and the pool's slices are in us-east5-a"
+    ):
+        ask(Server(work_pool(accelerator_type="v4-16")), job, provider="cloud", zones=["us-east5-a"])
 
 
 def test_nothing_is_asked_for_where_a_check_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
