@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -44,9 +45,10 @@ def command(prefect: Prefect, *arguments: str, status: int = 0) -> str:
 
 
 def impatient(place: Path, seconds: int) -> Path:
-    """The rules, with so many seconds of silence allowed."""
+    """The rules, with so many seconds of silence allowed, and a restart soon after."""
     rules = yaml.safe_load(RULES.read_text())
-    rules["automations"][0]["trigger"]["within"] = seconds
+    for rule, within in zip(rules["automations"], (seconds, 15), strict=True):
+        rule["trigger"]["within"] = within
     path = place / "rules.yaml"
     path.write_text(yaml.safe_dump(rules))
     return path
@@ -134,8 +136,8 @@ def test_a_silent_run_crashes_and_a_crashed_control_flow_starts_again(prefect: P
     become(prefect, alive, "CANCELLED")
 
 
-def test_a_run_that_crashes_each_time_is_left_alone(prefect: Prefect) -> None:
-    command(prefect)
+def test_a_run_that_crashes_each_time_is_left_alone(prefect: Prefect, tmp_path: Path) -> None:
+    command(prefect, "--rules", str(impatient(tmp_path, 660)))
     hopeless = started_run(prefect)
     for _ in range(9):
         become(prefect, hopeless, "PENDING")
@@ -145,6 +147,31 @@ def test_a_run_that_crashes_each_time_is_left_alone(prefect: Prefect) -> None:
     become(prefect, unlucky, "CRASHED")
     until(lambda: state(prefect, unlucky) == "SCHEDULED", "a restart of the run that crashed after it", 60)
     assert state(prefect, hopeless) == "CRASHED"
+
+
+def test_a_control_flow_that_is_killed_goes_on_by_itself(prefect: Prefect) -> None:
+    command(prefect)
+    model = {"seq_len": 64, "hidden_dim": 32, "intermediate_dim": 64, "num_heads": 2, "num_kv_heads": 1, "num_layers": 2}
+    parameters = {"num_train_steps": 300, "train_batch_size": 4, "model": json.dumps(model), "name": "killed"}
+    flags = [flag for name, value in parameters.items() for flag in ("--param", f"{name}={value}")]
+    worker = prefect.start("worker", "start", "--pool", "local")
+    try:
+        before = {run["id"] for run in prefect.flow_runs()}
+        prefect.run("deployment", "run", "train-llama/train-llama", *flags)
+        (run,) = [run for run in prefect.flow_runs() if run["id"] not in before]
+        until(lambda: [*(prefect.home / "artifacts").glob("checkpoints/killed-*/metrics.jsonl")], "a curve")
+        children = (Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text()).split()
+        assert children, "the worker runs the flow in a process of its own"
+        for child in children:
+            os.kill(int(child), signal.SIGKILL)
+        until(lambda: "Crashed" in state_names(prefect, run), "a crashed run", 120)
+        until(lambda: state(prefect, run["id"]) == "COMPLETED", "its good end")
+        names = state_names(prefect, run)
+        assert names.count("Running") == 2, names
+        assert names.index("Scheduled", 1) > max(index for index, name in enumerate(names) if name == "Crashed"), names
+    finally:
+        worker.terminate()
+        worker.wait(timeout=60)
 
 
 class Received(ThreadingHTTPServer):
