@@ -12,7 +12,9 @@ from rich.table import Table
 
 from tasks.audit import adopt, verify_tree
 from tasks.experiment import root_directory, root_place
+from tasks.findings import Finding
 from tasks.pipeline import label, run_steps
+from tasks.places import Place
 from tasks.presets import preset
 
 # What others can have made just as well. A checkpoint or a store also holds what only our steps know.
@@ -28,11 +30,16 @@ def doctor(arguments: list[str]) -> int:
     class Doctor:
         root: str | None = None
         """Where artifacts would lie, a directory or gs://bucket/prefix; unset: PREFECT_LLAMA_ROOT, else ./artifacts."""
+        pool: str | None = None
+        """Work pool that would train: the Prefect server, the pool, its worker, Cloud TPU and the bucket are looked at too."""
 
     from tasks.doctor import examine
 
-    options = tyro.cli(Doctor, args=arguments, prog="train.py doctor", description="Check this machine before a run.")
-    findings = examine(root_place(options.root))
+    options = tyro.cli(Doctor, args=arguments, prog="train.py doctor", description="Check this machine, and a work pool, before a run.")
+    root = root_place(options.root)
+    findings = examine(root)
+    if options.pool is not None:
+        findings += pool_findings(options.pool, root)
     table = Table(show_edge=False, pad_edge=False)
     for column in ("", "what", "how it is", "what to do"):
         table.add_column(column, overflow="fold")
@@ -40,6 +47,33 @@ def doctor(arguments: list[str]) -> int:
         table.add_row(finding.state, finding.subject, finding.detail, finding.remedy)
     console.print(table)
     return int(any(finding.state == "fail" for finding in findings))
+
+
+def pool_findings(pool: str, root: Place) -> list[Finding]:
+    """What a run on a work pool depends on beside this machine."""
+    from prefect.client.orchestration import get_client
+    from prefect.settings import get_current_settings
+
+    from deployments import automations
+    from deployments.tpu.doctor import cloud_findings
+    from tasks import pool_doctor
+
+    if not get_current_settings().api.url:
+        remedy = "`prefect config set PREFECT_API_URL=http://HOST:4200/api`"
+        return [Finding("prefect server", "fail", f"--pool={pool}: a work pool needs a server that stays, and none is set", remedy)]
+    client = get_client(sync_client=True)
+    findings = list(pool_doctor.server_findings(client))
+    if findings[0].state == "fail":
+        return findings
+    findings += [*pool_doctor.pool_findings(client, pool), *automations.findings(client)]
+    try:
+        settings = pool_doctor.settings_of(client, pool)
+    except ValueError as error:
+        known = {finding.detail for finding in findings}
+        return findings if str(error) in known else [*findings, Finding("work pool", "fail", str(error))]
+    if settings is not None:
+        findings += [*cloud_findings(settings), *pool_doctor.storage_findings(settings, root)]
+    return findings
 
 
 def verify(arguments: list[str]) -> int:

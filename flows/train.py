@@ -44,6 +44,7 @@ from tasks.experiment import default_train, resolve_run, root_place
 from tasks.export import export_hf
 from tasks.mixture import mix
 from tasks.planning import Plan, plan_run
+from tasks.pool_doctor import check_pool
 from tasks.preflight import check_accelerator
 from tasks.presets import Preset
 from tasks.run_report import publish_plan, publish_summary
@@ -133,6 +134,8 @@ def train_llama(
     )
     plan = plan_run(config, root_place(root), only=only, force=tuple(force or ()))
     check_accelerator(config.name, plan.model, config.train, tell=get_run_logger().info, pool=config.pool)
+    if config.pool is not None and plan.trains:
+        check_pool(config.pool, plan.root, config.train, tell=get_run_logger().info)
     publish_plan(plan)
     artifacts = run_plan(plan)
     publish_summary(plan, artifacts)

@@ -8,14 +8,13 @@ import platform
 import shutil
 import sys
 import tempfile
-from dataclasses import dataclass
 from importlib import metadata
-from typing import Literal
 
 from packaging.specifiers import SpecifierSet
 
 from tasks.artifacts import check_writable
 from tasks.datasets import check_sources, shakespeare_mixture
+from tasks.findings import Finding
 from tasks.formatting import size
 from tasks.places import Place, working_directory
 from tasks.planning import usable_cores
@@ -43,16 +42,6 @@ MODULES = (
     "sentencepiece",
     "safetensors",
 )
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing looked at: how it is, and what to do if it is not well."""
-
-    subject: str
-    state: Literal["ok", "warn", "fail"]
-    detail: str
-    remedy: str = ""
 
 
 def examine(root: Place) -> list[Finding]:

@@ -9,6 +9,7 @@ import glob
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -70,8 +71,18 @@ class Plan:
         """The steps that take part, inputs first."""
         return tuple(planned.step for planned in self.steps if planned.action != "leave")
 
+    @property
+    def trains(self) -> bool:
+        """Whether the training step would run."""
+        return trains(self.steps)
+
 
 FORCED = "forced"
+
+
+def trains(steps: Iterable[PlannedStep]) -> bool:
+    """Whether the training step is among those that would run."""
+    return any(planned.action == "run" and planned.step.kind == "checkpoints" for planned in steps)
 
 
 def plan_run(config: RunConfig, root: str | Place, *, only: str | None = None, force: tuple[str, ...] = ()) -> Plan:
@@ -100,10 +111,11 @@ def plan_run(config: RunConfig, root: str | Place, *, only: str | None = None, f
     total_flops = train_flops_per_token(model, config.seq_len) * total_tokens
     devices = None if config.train.accelerator_type else local_device_count()
     fetch_bytes = bytes_to_fetch(run.data, root)
-    trains = any(planned_step.action == "run" and planned_step.step.kind == "checkpoints" for planned_step in planned)
     id_bytes = 2 if vocab_size <= 1 << 16 else 4
     token_bytes = tokens_to_write(run.data, root, config.data.tokenizer) * id_bytes
-    space = _check_space(root, checkpoint_bytes(config, model) if trains and isinstance(root, Path) else 0, fetch_bytes, token_bytes)
+    space = _check_space(
+        root, checkpoint_bytes(config, model) if trains(planned) and isinstance(root, Path) else 0, fetch_bytes, token_bytes
+    )
     data = planned_data(config, run.data, root)
     return Plan(
         config=config,

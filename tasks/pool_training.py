@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 import httpx
@@ -26,6 +26,8 @@ from tasks.bucket_runs import fetch_records
 from tasks.caching import assert_still_owner, run_logger
 from tasks.children import ChildFailed, ChildStopped, stopping
 from tasks.formatting import duration
+from tasks.pool_checks import check_before_asking
+from tasks.pool_settings import job_variables
 from tasks.trainer_child import OUTCOME_FILE, read_outcome
 
 if TYPE_CHECKING:
@@ -79,9 +81,8 @@ def pretrain_deployment(client: SyncPrefectClient, pool: str) -> DeploymentRespo
 
 def ask_for_run(client: SyncPrefectClient, job: TrainingJob, deployment: DeploymentResponse) -> FlowRun:
     """The run that trains this job: the one that is there, or a new one where the ones before failed."""
-    variables: dict[str, Any] = {}
-    if job.train.accelerator_type is not None:
-        variables = {"accelerator_type": job.train.accelerator_type, "num_slices": job.train.slice_count}
+    variables = job_variables(job.train)
+    check_before_asking(client, job, deployment, variables, tell=run_logger().info)
     for attempt in itertools.count():
         run = run_deployment(
             name=deployment.id,

@@ -143,3 +143,11 @@ def as_chosen(found: Preflight, model: LlamaConfig, train: SimpleTrainConfig) ->
         "compiler_options": found.compiler_options,
     }
     return model.model_copy(update={"gradient_checkpointing": found.remat}), SimpleTrainConfig(**{**dict(train), **chosen})
+
+
+def without_chosen_options(train: SimpleTrainConfig) -> SimpleTrainConfig:
+    """The training without compiler options that preflight wrote into it: as it was compiled before, so that this is found on disk."""
+    from model.preflight.compiler_flags import FLAG_SETS
+
+    chosen = any(train.compiler_options == flag_set.options for flag_set in FLAG_SETS)
+    return SimpleTrainConfig(**{**dict(train), "compiler_options": {}}) if chosen else train

@@ -58,7 +58,11 @@ class Prefect:
         return done.stdout + done.stderr
 
     def post(self, path: str, **body: Any) -> Any:
-        answer = httpx.post(f"{self.api}{path}", json=body, timeout=30)
+        for attempt in range(20):
+            answer = httpx.post(f"{self.api}{path}", json=body, timeout=30)
+            if answer.status_code != 503:  # the database is locked for a moment: Prefect's own client asks again too
+                break
+            time.sleep(0.1 * attempt)
         answer.raise_for_status()
         return answer.json()
 

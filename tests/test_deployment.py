@@ -79,6 +79,19 @@ def test_the_form_in_the_ui(prefect: Prefect) -> None:
     assert [schedule["active"] for schedule in schedules] == [False]
 
 
+def test_how_many_runs_at_once(prefect: Prefect) -> None:
+    found = {}
+    for name in ("train-llama/train-llama", "train-llama/tpu", "pretrain/tpu", "sweep-tpu/sweep-tpu"):
+        deployment = httpx.get(f"{prefect.api}/deployments/name/{name}", timeout=30).json()
+        limit, options = deployment["global_concurrency_limit"], deployment["concurrency_options"]
+        found[name] = (limit and limit["limit"], options and options["collision_strategy"])
+    # A limit of a deployment ends its runs when the server restarts: what trains is limited by its work pool.
+    free = dict.fromkeys(("train-llama/train-llama", "train-llama/tpu", "pretrain/tpu"), (None, None))
+    assert found == {**free, "sweep-tpu/sweep-tpu": (1, "CANCEL_NEW")}
+    prefect.run("work-pool", "set-concurrency-limit", "local", "2")
+    assert httpx.get(f"{prefect.api}/work_pools/local", timeout=30).json()["concurrency_limit"] == 2
+
+
 @pytest.mark.parametrize(
     ("flag", "message"),
     [

@@ -26,7 +26,15 @@ from tasks.artifacts import Artifact
 from tasks.config import RunConfig
 from tasks.pipeline import run_steps
 from tasks.planning import plan_run
-from tasks.preflight import DoesNotFit, check_accelerator, preflight, preflight_lines, refuse_what_does_not_fit
+from tasks.preflight import (
+    DoesNotFit,
+    as_chosen,
+    check_accelerator,
+    preflight,
+    preflight_lines,
+    refuse_what_does_not_fit,
+    without_chosen_options,
+)
 from tasks.presets import preset
 from tests.preflight_facts import compiled_as_estimated
 
@@ -87,6 +95,22 @@ def test_a_job_travels_to_the_command_and_its_result_back(tmp_path: Path) -> Non
     lines = preflight_lines(found)
     assert lines[0].startswith("slice: v4-8 (4 chips, 1 hosts): fits")
     assert any("list price" in line and "as of" in line for line in lines)
+
+
+@pytest.mark.slow
+def test_what_was_chosen_is_found_on_disk_when_it_is_asked_for_again(tmp_path: Path) -> None:
+    job = job_of(on_slice(), tmp_path)
+    fill_cache(job)
+    found = preflight(job.name, job.model, job.train, tell=lambda line: None)
+    assert found is not None
+    assert found.compiler_options
+    model, train = as_chosen(found, job.model, job.train)
+    again = preflight(job.name, model, without_chosen_options(train), tell=lambda line: None)
+    assert again is not None
+    assert all(trial.from_cache for trial in again.trials)
+    assert again.hours == found.hours
+    own = replace_train(job, compiler_options={"xla_of_mine": "true"}).train
+    assert without_chosen_options(own) == own
 
 
 def test_plan_shows_it(tmp_path: Path) -> None:

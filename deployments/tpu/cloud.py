@@ -87,6 +87,14 @@ class CloudTpu:
         found = [_as_slice(resource) for resource in await self._call(listed, parent)]
         return [each for each in found if wanted(each.labels)]
 
+    async def accelerator_types(self, parent: str) -> set[str]:
+        """The slices that the zone `parent` offers, by the names that requests use. Raises Refused."""
+
+        async def listed() -> set[str]:
+            return {found.type_ async for found in await self._client.list_accelerator_types({"parent": parent}, timeout=CALL_SECONDS)}
+
+        return await self._call(listed, parent)
+
     async def with_hosts(self, seen: CloudSlice) -> CloudSlice:
         """An active slice with what its hosts report and which of its nodes are gone."""
         from google.api_core import exceptions

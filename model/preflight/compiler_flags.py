@@ -51,6 +51,8 @@ WHOLE_PRODUCTS = FlagSet(
     "weights are gathered ahead, and no product is cut into blocks",
 )
 
+FLAG_SETS = (NONE, ASYNC_ALL_GATHER, REDUCE_SCATTER_MATMUL, WHOLE_PRODUCTS)
+
 _VECTOR_MEMORY = 128 * 2**20  # of v5e and v6e: an operand that it holds can be read again for every block
 
 

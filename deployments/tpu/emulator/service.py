@@ -15,6 +15,7 @@ from google.longrunning import operations_pb2
 from deployments.tpu.emulator.cloud import Cloud
 from deployments.tpu.emulator.operations import Operations
 from deployments.tpu.emulator.refusal import Refusal, invalid
+from model.slices import SLICES
 
 Around = Callable[[str, Any, Callable[[], Any]], Any]
 _T = TypeVar("_T")
@@ -77,6 +78,7 @@ class Service:
             "GetNode": (tpu_v2.GetNodeRequest, lambda request: self.cloud.get_node(request.name), tpu_v2.Node),
             "ListNodes": (tpu_v2.ListNodesRequest, self._list_nodes, tpu_v2.ListNodesResponse),
             "DeleteNode": (tpu_v2.DeleteNodeRequest, self._delete_node, None),
+            "ListAcceleratorTypes": (tpu_v2.ListAcceleratorTypesRequest, self._list_types, tpu_v2.ListAcceleratorTypesResponse),
             "GetGuestAttributes": (tpu_v2.GetGuestAttributesRequest, self._guest_attributes, tpu_v2.GetGuestAttributesResponse),
         }
         return {
@@ -125,6 +127,11 @@ class Service:
     def _list_nodes(self, request: tpu_v2.ListNodesRequest) -> tpu_v2.ListNodesResponse:
         page, token = _page(self.cloud.list_nodes(request.parent), request.page_size, request.page_token)
         return tpu_v2.ListNodesResponse(nodes=page, next_page_token=token)
+
+    def _list_types(self, request: tpu_v2.ListAcceleratorTypesRequest) -> tpu_v2.ListAcceleratorTypesResponse:
+        types = [tpu_v2.AcceleratorType(name=f"{request.parent}/acceleratorTypes/{name}", type_=name) for name in SLICES]
+        page, token = _page(types, request.page_size, request.page_token)
+        return tpu_v2.ListAcceleratorTypesResponse(accelerator_types=page, next_page_token=token)
 
     def _guest_attributes(self, request: tpu_v2.GetGuestAttributesRequest) -> tpu_v2.GetGuestAttributesResponse:
         return tpu_v2.GetGuestAttributesResponse(guest_attributes=self.cloud.guest_attributes(request))

@@ -1,0 +1,70 @@
+"""What can be wrong with Cloud TPU before a run: whether it answers this account, and offers the pool's slice in each of its zones."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import TYPE_CHECKING
+
+from deployments.tpu.worker import API_ADDRESS
+from tasks.findings import Finding
+from tasks.pool_settings import PoolSettings
+
+if TYPE_CHECKING:
+    from deployments.tpu.cloud import CloudTpu
+
+ANSWER_SECONDS = 30.0
+QUOTA_PAGE = "https://console.cloud.google.com/iam-admin/quotas?service=tpu.googleapis.com&project="
+
+
+def cloud_findings(settings: PoolSettings) -> list[Finding]:
+    """Everything that can be asked of Cloud TPU about the slices of a pool, without asking for one."""
+    if settings.provider == "local":
+        return [Finding("cloud tpu", "ok", "not asked: the pool's slices are simulated on this machine (provider=local)")]
+    if not settings.project or not settings.zones:
+        lacking = " and ".join(name for name in ("project", "zones") if not getattr(settings, name))
+        return [
+            Finding(
+                "cloud tpu", "fail", f"provider=cloud needs {lacking}", "set it in the work pool's form or the deployment's job_variables"
+            )
+        ]
+    return asyncio.run(_all_zones(settings))
+
+
+async def _all_zones(settings: PoolSettings) -> list[Finding]:
+    from google.auth.exceptions import GoogleAuthError
+
+    from deployments.tpu.cloud import CloudTpu
+
+    try:
+        cloud = CloudTpu(os.environ.get(API_ADDRESS))
+    except GoogleAuthError as error:
+        return [Finding("cloud tpu", "fail", f"no Google credentials here ({error})", "run `gcloud auth application-default login`")]
+    zones = [await _zone(cloud, settings, zone) for zone in settings.zones]
+    quota = "how many chips the project may have is not told by the API of Cloud TPU: a request beyond it waits, then fails"
+    return [*zones, Finding("quota", "ok", quota, f"see {QUOTA_PAGE}{settings.project}")]
+
+
+async def _zone(cloud: CloudTpu, settings: PoolSettings, zone: str) -> Finding:
+    """Lists what the worker lists, and what the zone offers."""
+    from google.api_core.exceptions import GoogleAPICallError
+    from google.auth.exceptions import GoogleAuthError
+
+    from deployments.tpu.cloud import Refused
+
+    subject, parent = f"cloud tpu, {zone}", f"projects/{settings.project}/locations/{zone}"
+    try:
+        async with asyncio.timeout(ANSWER_SECONDS):
+            offered = await cloud.accelerator_types(parent)
+            slices = await cloud.slices(parent, lambda labels: True)
+    except Refused as error:
+        return Finding(subject, "fail", str(error))
+    except TimeoutError:
+        remedy = "look at the network from here to tpu.googleapis.com, and at https://status.cloud.google.com"
+        return Finding(subject, "fail", f"Cloud TPU did not answer within {ANSWER_SECONDS:.0f} s", remedy)
+    except (GoogleAPICallError, GoogleAuthError, OSError) as error:
+        return Finding(subject, "fail", f"Cloud TPU refuses to list {parent} ({error})", "correct project and zones of the work pool")
+    if settings.accelerator_type not in offered:
+        remedy = "choose one of the zones that https://cloud.google.com/tpu/docs/regions-zones lists for it"
+        return Finding(subject, "fail", f"accelerator_type={settings.accelerator_type} is not offered there", remedy)
+    return Finding(subject, "ok", f"answers this account, offers {settings.accelerator_type}, has {len(slices)} queued resources")
