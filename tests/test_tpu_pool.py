@@ -3,97 +3,19 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from model.metrics import read_json_lines
 from tests.main_job import MainJob, assert_same_outcome, checkpoint_directory
-from tests.prefect_server import Prefect, prefect_server, wait_until_healthy
-from tests.tpu_pool import Slices, on_pool, state_names, until, work_pools
+from tests.prefect_server import Prefect, wait_until_healthy
+from tests.tpu_pool import LONG, STEPS, Slices, kill_worker, last_names, node_of, on_pool, trained, until
 
+pytest_plugins = ["tests.tpu_pool_fixtures"]
 pytestmark = pytest.mark.slow
-
-# Long enough for something to happen in the middle; a checkpoint about every two seconds.
-STEPS = 400
-LONG = (
-    "--train.num-train-steps",
-    str(STEPS),
-    "--train.steps-per-export",
-    "50",
-    "--train.steps-per-eval",
-    "200",
-    "--train.steps-per-sample",
-    "200",
-)
-
-
-@pytest.fixture(scope="module")
-def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
-    home = tmp_path_factory.mktemp("prefect")
-    with prefect_server(home, *work_pools(home)) as prefect:
-        prefect.start("worker", "start", "--pool", "tpu", "--name", "first")
-        yield prefect
-
-
-@pytest.fixture(scope="module")
-def slices(prefect: Prefect) -> Slices:
-    return Slices(prefect.home)
-
-
-@pytest.fixture(scope="module")
-def finished(prefect: Prefect, tmp_path_factory: pytest.TempPathFactory) -> MainJob:
-    """An undisturbed run on the pool; nobody writes into its artifacts."""
-    place = tmp_path_factory.mktemp("finished")
-    job = on_pool(prefect, place / "root", place, *LONG)
-    job.succeed()
-    return job
-
-
-@pytest.fixture
-def root(finished: MainJob, tmp_path: Path) -> Path:
-    """The data of the finished run, without its training."""
-    for kind in ("raw", "tokenizers", "tokens", "mixtures"):
-        shutil.copytree(finished.root / kind, tmp_path / "root" / kind)
-    return tmp_path / "root"
-
-
-@pytest.fixture
-def job(prefect: Prefect, root: Path, tmp_path: Path) -> Iterator[MainJob]:
-    job = on_pool(prefect, root, tmp_path, *LONG)
-    yield job
-    if job.process.poll() is None:
-        job.kill(tree=True)
-
-
-def trained(job: MainJob, steps: int) -> None:
-    """Waits until so many steps are in the curve."""
-
-    def far_enough() -> bool:
-        assert job.process.poll() is None, job.output
-        found = [*job.root.glob("checkpoints/job-*/metrics.jsonl")]
-        rows = read_json_lines(found[0]) if found else []
-        return bool(rows) and rows[-1]["step"] >= steps
-
-    until(far_enough, f"step {steps}")
-
-
-def last_names(prefect: Prefect) -> list[str]:
-    """The states of the newest run of `pretrain`."""
-    return state_names(prefect, prefect.flow_runs("pretrain")[-1])
-
-
-def kill_worker(prefect: Prefect) -> None:
-    """kill -9 of the worker; one of the same name starts."""
-    worker = next(process for process in reversed(prefect.processes) if "worker" in process.args)
-    worker.kill()
-    worker.wait()
-    prefect.start("worker", "start", "--pool", "tpu", "--name", "first")
-
 
 DISTURBANCES: dict[str, tuple[Callable[[Slices, str], None], str | None]] = {
     "preempted with notice": (lambda slices, name: slices.order("preempt", name=name, grace=25), "Preempted"),
@@ -102,10 +24,6 @@ DISTURBANCES: dict[str, tuple[Callable[[Slices, str], None], str | None]] = {
     "a follower dies": (lambda slices, name: slices.order("kill_host", node=node_of(name), worker=1), "HostFailed"),
     "the leader dies": (lambda slices, name: slices.order("kill_host", node=node_of(name), worker=0), "HostFailed"),
 }
-
-
-def node_of(name: str) -> str:
-    return name.replace("/queuedResources/", "/nodes/")
 
 
 @pytest.mark.parametrize("what", DISTURBANCES)

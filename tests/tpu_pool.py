@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +13,22 @@ from typing import Any
 import httpx
 
 from deployments.tpu.worker import TPUWorker
+from model.metrics import read_json_lines
 from tests.main_job import MainJob
 from tests.prefect_server import Prefect
 
-HOSTS = 2
+# Long enough for something to happen in the middle; a checkpoint about every two seconds.
+STEPS = 400
+LONG = (
+    "--train.num-train-steps",
+    str(STEPS),
+    "--train.steps-per-export",
+    "50",
+    "--train.steps-per-eval",
+    "200",
+    "--train.steps-per-sample",
+    "200",
+)
 
 
 def work_pools(place: Path, **defaults: Any) -> tuple[list[str], list[str]]:
@@ -55,6 +69,15 @@ class Slices:
         """Waits until nothing is left."""
         until(lambda: not self.states(), "no slice", 60)
 
+    def end(self) -> None:
+        """Ends the emulator with all hosts; it would stay until nobody needed it for a while."""
+        try:
+            process = int(json.loads((self.directory / "emulator.json").read_bytes())["pid"])
+        except FileNotFoundError:
+            return
+        os.kill(process, signal.SIGTERM)
+        until(lambda: not (self.directory / "emulator.json").exists(), "the end of the emulator", 60)
+
     def log(self) -> str:
         """What all hosts said."""
         return "\n".join(f"== {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in sorted(self.directory.glob("pl-*.log")))
@@ -82,3 +105,33 @@ def state_names(prefect: Prefect, run: dict[str, Any]) -> list[str]:
     """Every state that a run ever had, in order."""
     states = httpx.get(f"{prefect.api}/flow_run_states/", params={"flow_run_id": run["id"]}, timeout=30).json()
     return [state["name"] for state in sorted(states, key=lambda state: state["timestamp"])]
+
+
+def last_names(prefect: Prefect) -> list[str]:
+    """The states of the newest run of `pretrain`."""
+    return state_names(prefect, prefect.flow_runs("pretrain")[-1])
+
+
+def trained(job: MainJob, steps: int) -> None:
+    """Waits until so many steps are in the curve."""
+
+    def far_enough() -> bool:
+        assert job.process.poll() is None, job.output
+        found = [*job.root.glob("checkpoints/job-*/metrics.jsonl")]
+        rows = read_json_lines(found[0]) if found else []
+        return bool(rows) and rows[-1]["step"] >= steps
+
+    until(far_enough, f"step {steps}")
+
+
+def kill_worker(prefect: Prefect) -> None:
+    """kill -9 of the worker; one of the same name starts."""
+    worker = next(process for process in reversed(prefect.processes) if "worker" in process.args)
+    worker.kill()
+    worker.wait()
+    prefect.start("worker", "start", "--pool", "tpu", "--name", "first")
+
+
+def node_of(name: str, slice_id: int | None = None) -> str:
+    """The node of a queued resource, or that one of several."""
+    return name.replace("/queuedResources/", "/nodes/") + ("" if slice_id is None else f"-{slice_id}")
