@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.main_job import MainJob, assert_same_outcome, checkpoint_directory
+from tests.main_job import MainJob, assert_same_outcome
 from tests.prefect_server import Prefect, wait_until_healthy
-from tests.tpu_pool import LONG, STEPS, Slices, kill_worker, last_names, node_of, on_pool, trained, until
+from tests.tpu_pool import LONG, STEPS, Slices, kill_worker, last_names, node_of, on_pool, saved_step, trained, until
 
 pytest_plugins = ["tests.tpu_pool_fixtures"]
 pytestmark = pytest.mark.slow
@@ -80,8 +80,7 @@ def test_ctrl_c_saves_and_gives_the_slice_back(prefect: Prefect, slices: Slices,
     assert "run the same command again" in job.output
     slices.gone()
     assert last_names(prefect)[-1] == "Cancelled"
-    saved = max(int(path.name) for path in (checkpoint_directory(job.root) / "checkpoints").iterdir() if path.name.isdigit())
-    assert saved % 50, "it saved where it was, not only where it would have anyway"
+    assert saved_step(job.root) % 50, "it saved where it was, not only where it would have anyway"
     again = on_pool(prefect, job.root, tmp_path, *LONG)
     again.succeed()
     assert_same_outcome(job.root, finished.root)

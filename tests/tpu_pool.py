@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import httpx
 
 from deployments.tpu.worker import TPUWorker
 from model.metrics import read_json_lines
-from tests.main_job import MainJob
+from tests.main_job import MainJob, checkpoint_directory
 from tests.prefect_server import Prefect
 
 # Long enough for something to happen in the middle; a checkpoint about every two seconds.
@@ -69,6 +70,11 @@ class Slices:
         """Waits until nothing is left."""
         until(lambda: not self.states(), "no slice", 60)
 
+    def attempts(self, run: dict[str, Any]) -> list[int]:
+        """The numbers of the slices that were ever made for a flow run."""
+        name = f"pl-{UUID(run['id']).hex}-"
+        return sorted({int(path.name.removeprefix(name).split("-")[0]) for path in self.directory.glob(f"{name}*.log")})
+
     def end(self) -> None:
         """Ends the emulator with all hosts; it would stay until nobody needed it for a while."""
         try:
@@ -112,24 +118,49 @@ def last_names(prefect: Prefect) -> list[str]:
     return state_names(prefect, prefect.flow_runs("pretrain")[-1])
 
 
-def trained(job: MainJob, steps: int) -> None:
-    """Waits until so many steps are in the curve."""
+def reached(root: Path, steps: int, check: Callable[[], None] = lambda: None) -> None:
+    """Waits until so many steps are in the curve of the run below `root`."""
 
     def far_enough() -> bool:
-        assert job.process.poll() is None, job.output
-        found = [*job.root.glob("checkpoints/job-*/metrics.jsonl")]
+        check()
+        found = [*root.glob("checkpoints/job-*/metrics.jsonl")]
         rows = read_json_lines(found[0]) if found else []
         return bool(rows) and rows[-1]["step"] >= steps
 
     until(far_enough, f"step {steps}")
 
 
-def kill_worker(prefect: Prefect) -> None:
-    """kill -9 of the worker; one of the same name starts."""
-    worker = next(process for process in reversed(prefect.processes) if "worker" in process.args)
+def trained(job: MainJob, steps: int) -> None:
+    """Waits until so many steps are in the curve; the job must not end before."""
+
+    def lives() -> None:
+        assert job.process.poll() is None, job.output
+
+    reached(job.root, steps, lives)
+
+
+def saved_step(root: Path) -> int:
+    """The step of the newest checkpoint."""
+    return max(int(path.name) for path in (checkpoint_directory(root) / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def start_worker(prefect: Prefect, name: str) -> None:
+    """A worker of the pool."""
+    prefect.start("worker", "start", "--pool", "tpu", "--name", name)
+
+
+def end_worker(prefect: Prefect, name: str) -> None:
+    """kill -9 of the newest worker of that name."""
+    worker = next(process for process in reversed(prefect.processes) if name in process.args)
     worker.kill()
     worker.wait()
-    prefect.start("worker", "start", "--pool", "tpu", "--name", "first")
+    prefect.processes.remove(worker)
+
+
+def kill_worker(prefect: Prefect) -> None:
+    """kill -9 of the worker; one of the same name starts."""
+    end_worker(prefect, "first")
+    start_worker(prefect, "first")
 
 
 def node_of(name: str, slice_id: int | None = None) -> str:

@@ -10,14 +10,14 @@ import pytest
 
 from tests.main_job import MainJob
 from tests.prefect_server import Prefect, prefect_server
-from tests.tpu_pool import LONG, Slices, on_pool, work_pools
+from tests.tpu_pool import LONG, Slices, on_pool, start_worker, work_pools
 
 
 @pytest.fixture(scope="session")
 def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
     home = tmp_path_factory.mktemp("prefect")
     with prefect_server(home, *work_pools(home)) as prefect:
-        prefect.start("worker", "start", "--pool", "tpu", "--name", "first")
+        start_worker(prefect, "first")
         yield prefect
     Slices(home).end()
 
