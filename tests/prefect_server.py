@@ -46,9 +46,11 @@ class Prefect:
             "NO_COLOR": "1",
         }
 
-    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
+        """A command that stays, with these variables besides the usual ones."""
+        variables = self.environment | environment
         with (self.home / f"{arguments[0]}.log").open("ab") as log:
-            process = subprocess.Popen([*PREFECT, *arguments], cwd=CHECKOUT, env=self.environment, stdout=log, stderr=subprocess.STDOUT)
+            process = subprocess.Popen([*PREFECT, *arguments], cwd=CHECKOUT, env=variables, stdout=log, stderr=subprocess.STDOUT)
         self.processes.append(process)
         return process
 

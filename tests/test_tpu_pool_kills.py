@@ -43,11 +43,13 @@ def adopted(prefect: Prefect, slices: Slices, finished: MainJob, job: MainJob, l
     slices.gone()
 
 
-def test_killed_before_a_worker_took_its_run(prefect: Prefect, slices: Slices, finished: MainJob, root: Path, tmp_path: Path) -> None:
+def test_killed_before_a_worker_took_its_run(
+    prefect: Prefect, slices: Slices, finished: MainJob, start: Callable[..., MainJob], tmp_path: Path
+) -> None:
     before = len(prefect.flow_runs("pretrain"))
     end_worker(prefect, "first")
     try:
-        job = on_pool(prefect, root, tmp_path, *LONG)
+        job = start(*LONG)
         until(lambda: newest(prefect, before), "a run that is scheduled")
         job.kill(tree=True)
         assert newest(prefect, before) in (["Scheduled"], ["Scheduled", "Late"])
@@ -85,12 +87,12 @@ def test_killed_while_it_exports(prefect: Prefect, slices: Slices, finished: Mai
     adopted(prefect, slices, finished, job, tmp_path, before)
 
 
-def test_two_workers_on_one_pool(prefect: Prefect, slices: Slices, finished: MainJob, root: Path, tmp_path: Path) -> None:
+def test_two_workers_on_one_pool(prefect: Prefect, slices: Slices, finished: MainJob, start: Callable[..., MainJob]) -> None:
     """Both look at the same slice at the same time, and count what they see only once."""
     before = len(prefect.flow_runs("pretrain"))
     start_worker(prefect, "second")
     try:
-        job = on_pool(prefect, root, tmp_path, *LONG)
+        job = start(*LONG)
         trained(job, 120)
         slices.order("preempt", name=slices.one(), grace=25)
         job.succeed()

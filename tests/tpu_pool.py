@@ -6,7 +6,8 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -98,13 +99,27 @@ def until(look: Callable[[], Any], what: str, seconds: float = 240.0) -> Any:
     return found
 
 
-def on_pool(prefect: Prefect, root: Path, logs: Path, *arguments: str, place: str | None = None, **variables: str) -> MainJob:
-    """`python flows/train.py --pool tpu` against the server; `variables` are of its environment, `place` is as `MainJob` has it."""
+def on_pool(
+    prefect: Prefect, root: Path, logs: Path, *arguments: str, pool: str = "tpu", place: str | None = None, **variables: str
+) -> MainJob:
+    """`python flows/train.py --pool POOL` against the server; `variables` are of its environment, `place` is as `MainJob` has it."""
     environment = {
         name: value for name, value in prefect.environment.items() if name.startswith("PREFECT_") and name != "PREFECT_LLAMA_ROOT"
     }
     environment.pop("PREFECT_HOME")
-    return MainJob(root, prefect.home, "--pool", "tpu", *arguments, logs=logs, place=place, **environment, **variables)
+    return MainJob(root, prefect.home, "--pool", pool, *arguments, logs=logs, place=place, **environment, **variables)
+
+
+@contextmanager
+def job_variables(prefect: Prefect, pool: str = "tpu", **variables: Any) -> Iterator[None]:
+    """The job variables of the pool's deployment of `pretrain` within the block."""
+    deployment = httpx.get(f"{prefect.api}/deployments/name/pretrain/{pool}", timeout=30).json()
+    address = f"{prefect.api}/deployments/{deployment['id']}"
+    httpx.patch(address, json={"job_variables": variables}, timeout=30).raise_for_status()
+    try:
+        yield
+    finally:
+        httpx.patch(address, json={"job_variables": deployment["job_variables"]}, timeout=30).raise_for_status()
 
 
 def state_names(prefect: Prefect, run: dict[str, Any]) -> list[str]:

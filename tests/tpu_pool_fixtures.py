@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.cloud_pool import WORKER_SECRETS, SimulatedCloud, simulated_cloud
 from tests.main_job import MainJob
 from tests.prefect_server import Prefect, prefect_server
 from tests.tpu_pool import LONG, Slices, on_pool, start_worker, work_pools
@@ -28,6 +29,13 @@ def slices(prefect: Prefect) -> Slices:
 
 
 @pytest.fixture(scope="session")
+def cloud(prefect: Prefect, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimulatedCloud]:
+    """The pool `cloud`, whose worker has secrets of its own that nobody else is to see."""
+    with simulated_cloud(prefect, tmp_path_factory.mktemp("cloud"), **WORKER_SECRETS) as cloud:
+        yield cloud
+
+
+@pytest.fixture(scope="session")
 def finished(prefect: Prefect, tmp_path_factory: pytest.TempPathFactory) -> MainJob:
     """An undisturbed run on the pool; nobody writes into its artifacts."""
     place = tmp_path_factory.mktemp("finished")
@@ -45,8 +53,20 @@ def root(finished: MainJob, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def job(prefect: Prefect, root: Path, tmp_path: Path) -> Iterator[MainJob]:
-    job = on_pool(prefect, root, tmp_path, *LONG)
-    yield job
-    if job.process.poll() is None:
-        job.kill(tree=True)
+def start(prefect: Prefect, root: Path, tmp_path: Path) -> Iterator[Callable[..., MainJob]]:
+    """`on_pool` with the data of the finished run; what still runs at the end of the test is killed."""
+    jobs: list[MainJob] = []
+
+    def start(*arguments: str, **options: str) -> MainJob:
+        jobs.append(on_pool(prefect, root, tmp_path, *arguments, **options))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        if job.process.poll() is None:
+            job.kill(tree=True)
+
+
+@pytest.fixture
+def job(start: Callable[..., MainJob]) -> MainJob:
+    return start(*LONG)

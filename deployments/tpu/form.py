@@ -6,9 +6,10 @@ configuration of one job.
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from prefect.workers.base import BaseJobConfiguration, BaseVariables
 from pydantic import BaseModel, Field, field_validator, model_validator
@@ -16,9 +17,13 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from model.preflight.prices import PRICES
 from model.slices import SLICES, Slice, slice_named
 
+if TYPE_CHECKING:
+    from prefect.client.orchestration import PrefectClient
+
 RUNTIME_VERSIONS = {"v4": "tpu-ubuntu2204-base", "v5e": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e"}
 LOCAL_ZONE = "local-a"
 _SECRET_NAME = re.compile(r"(API_?KEY|TOKEN|PASSWORD|SECRET|CREDENTIALS)$", re.IGNORECASE)
+_BLOCK = re.compile(r"\{\{\s*prefect\.blocks\.([^\s}]+)")
 
 Provider = Literal["local", "cloud"]
 Provisioning = Literal["spot", "on-demand", "reserved", "flex-start"]
@@ -153,6 +158,23 @@ class TPUJobConfiguration(BaseJobConfiguration, SliceFields):
                 "Put the value into Secret Manager and its name into `secrets`"
             )
         return self
+
+    @classmethod
+    async def from_template_and_values(
+        cls, base_job_template: dict[str, Any], values: dict[str, Any], client: PrefectClient | None = None
+    ) -> TPUJobConfiguration:
+        """The configuration of one job, of the pool's form and what a deployment and a run set.
+
+        Raises:
+            ValueError: one of these names a Prefect block, whose value everybody could read.
+        """
+        named = _BLOCK.search(json.dumps([base_job_template, values]))
+        if named:
+            raise ValueError(
+                f"the job variables name the Prefect block {named[1]}: its value would stand in the slice's metadata in clear. "
+                "Put the value into Secret Manager and its name into `secrets`"
+            )
+        return await super().from_template_and_values(base_job_template, values, client=client)
 
     def prepare_for_flow_run(self, *arguments: Any, **named: Any) -> None:
         """Adds what the engine on host 0 needs; of this machine's settings only what it can use."""

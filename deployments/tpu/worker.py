@@ -22,6 +22,7 @@ from deployments.tpu.form import SliceFields, TPUJobConfiguration, TPUVariables
 from deployments.tpu.request import COORDINATOR_PORT, RUN_LABEL, SliceName, labels, log_directory, metadata
 
 if TYPE_CHECKING:
+    from prefect.client.orchestration import PrefectClient
     from prefect.client.schemas.objects import FlowRun
 
     from deployments.tpu.cloud import CloudSlice, CloudTpu
@@ -78,6 +79,17 @@ class TPUWorker(BaseWorker[TPUJobConfiguration, TPUVariables, TPUWorkerResult]):
         if not await cloud.exists(infrastructure_pid):
             raise InfrastructureNotFound(f"the slice {infrastructure_pid} is gone")
         await cloud.delete(infrastructure_pid)
+
+    async def _propose_crashed_state(self, flow_run: FlowRun, message: str, client: PrefectClient | None = None) -> None:
+        """A run that no slice could be asked for: by a name that says that nobody tries it again, so that nobody waits for that."""
+        from prefect.exceptions import Abort, ObjectNotFound
+        from prefect.states import Crashed
+        from prefect.utilities.engine import propose_state
+
+        try:
+            await propose_state(client or self.client, Crashed(name=Change.GAVE_UP.value, message=message), flow_run_id=flow_run.id)
+        except (Abort, ObjectNotFound) as refused:
+            self._logger.info("the run %s does not become %s: %s", flow_run.name, Change.GAVE_UP.value, refused)
 
     async def launch(self, flow_run: FlowRun, configuration: TPUJobConfiguration) -> str:
         """Asks for the next slice of a flow run, when no older one can still write; returns its full name."""

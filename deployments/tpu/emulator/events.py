@@ -17,19 +17,22 @@ class Events:
     def preempt(self, name: str, grace: float, node: str | None = None) -> None:
         """Takes away an ACTIVE queued resource: SIGTERM, SIGKILL after `grace` seconds, SUSPENDED; 0: without a warning.
 
-        node: only that slice of several, after which the queued resource stays ACTIVE.
+        One that is PROVISIONING is taken away before it has hosts. node: only that slice of several, after which the queued resource
+        stays ACTIVE.
+
         Raises:
-            Refusal: NOT_FOUND; FAILED_PRECONDITION if it is not ACTIVE.
+            Refusal: NOT_FOUND; FAILED_PRECONDITION if it is neither.
         """
         with self._state.changed:
             request, nodes = self._state.chosen(name, node)
-            if request.state is not State.ACTIVE:
-                raise precondition(f"{name} is {request.state.name}, not ACTIVE")
+            if request.state not in (State.ACTIVE, State.PROVISIONING):
+                raise precondition(f"{name} is {request.state.name}, neither ACTIVE nor PROVISIONING")
+            early = request.state is State.PROVISIONING
             if node is None:
                 self._state.set(request, State.SUSPENDING, Initiator.SERVICE)
             for one in nodes:
                 one.message.state = NodeState.PREEMPTED
-        on_all([host for one in nodes for host in one.hosts], grace)
+        on_all([host for one in nodes for host in one.hosts], grace, remove=early)  # a host that was removed never boots
         with self._state.changed:
             if request.state is State.SUSPENDING:
                 self._state.set(request, State.SUSPENDED, Initiator.SERVICE)

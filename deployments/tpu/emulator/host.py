@@ -23,6 +23,7 @@ from tasks.places import CACHE_VARIABLE
 
 SIMULATED_SLICE = "PREFECT_LLAMA_SIMULATED_SLICE"  # environment variable: the accelerator type that a host is part of
 DISKS = "disks"  # the directory of the working directories of hosts that are there
+_ADDRESSES = ("SECRET_MANAGER_ADDRESS",)  # of other services that may be emulated beside this one
 _DEVICES_FLAG = "--xla_force_host_platform_device_count"
 
 
@@ -109,7 +110,8 @@ class Host:
             shutil.rmtree(self._disk, ignore_errors=True)
 
     def _environment(self) -> dict[str, str]:
-        return {
+        elsewhere = {name: os.environ[name] for name in _ADDRESSES if name in os.environ}
+        return elsewhere | {
             "PATH": os.environ.get("PATH", os.defpath),
             "HOME": str(Path.home()),
             "GCE_METADATA_HOST": self.metadata.address,
