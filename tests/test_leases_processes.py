@@ -34,13 +34,22 @@ except LeaseLost as error:
     print("lost:", error, flush=True)
 """
 
+# The same on a machine whose clock is wrong: in what it writes, and in nothing that anyone compares.
+WRONG_CLOCK = """
+import time
+real_time, real_strftime = time.time, time.strftime
+time.time = lambda: real_time() + {shift}
+time.strftime = lambda form: real_strftime(form, time.localtime(time.time()))
+"""
+
 
 def manager(**options) -> LeaseLockManager:
     return LeaseLockManager(**{"heartbeat_seconds": HEARTBEAT, "expiry_seconds": EXPIRY, "poll_seconds": POLL, **options})
 
 
-def start_holder(key: str, task: str = "hold", *, wait: bool = True) -> subprocess.Popen[str]:
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, key, task], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def start_holder(key: str, task: str = "hold", *, wait: bool = True, shift: float = 0.0) -> subprocess.Popen[str]:
+    script = WRONG_CLOCK.format(shift=shift) + HOLDER
+    process = subprocess.Popen([sys.executable, "-c", script, key, task], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     if wait:
         assert process.stdout is not None
         assert process.stdout.readline().startswith("held")
@@ -106,6 +115,13 @@ def test_a_holder_stopped_for_less_than_expiry_keeps_its_lease(key: str):
     time.sleep(EXPIRY / 4)
     process.send_signal(signal.SIGCONT)
     assert not manager().acquire_lock(key, "me", acquire_timeout=1.5 * EXPIRY)
+    assert process.communicate("\n")[0] == "still owner\n"
+
+
+@pytest.mark.parametrize("shift", [-600.0, 600.0])
+def test_clocks_that_are_ten_minutes_apart_do_not_steal_a_live_lease(key: str, shift: float):
+    process = start_holder(key, shift=shift)
+    assert not manager().acquire_lock(key, "me", acquire_timeout=2 * EXPIRY)
     assert process.communicate("\n")[0] == "still owner\n"
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 import threading
 import time
 import uuid
@@ -18,7 +16,7 @@ from tasks.leases import LeaseLockManager, LeaseLost, store_of
 from tasks.object_leases import beat, give_back, grant, lease_object, newest, restore
 from tasks.storage import StorageError
 from tests.object_store import BUCKET, faulty_proxy, object_store, one_in_five, use_store
-from tests.test_leases_processes import EXPIRY, HEARTBEAT, POLL, manager, start_holder
+from tests.test_leases_processes import EXPIRY, POLL, manager, start_holder
 
 
 @pytest.fixture(scope="module")
@@ -183,24 +181,7 @@ def test_a_stopped_holder_is_replaced_after_expiry_and_cannot_commit(key: str):
 
 @pytest.mark.parametrize("shift", [-600.0, 600.0])
 def test_clocks_that_are_ten_minutes_apart_do_not_steal_a_live_lease(key: str, shift: float):
-    """The holder's wall clock is shifted: in what it writes, and in nothing that anyone compares."""
-    holder = f"""
-import sys, time
-real = time.time
-time.time = lambda: real() + {shift}
-strftime = time.strftime
-time.strftime = lambda form: strftime(form, time.localtime(time.time()))
-from tasks.leases import LeaseLockManager
-manager = LeaseLockManager({HEARTBEAT}, {EXPIRY}, {POLL})
-manager.acquire_lock(sys.argv[1], "child")
-print("held", flush=True)
-sys.stdin.readline()
-manager.assert_held(sys.argv[1])
-print("still owner", flush=True)
-"""
-    process = subprocess.Popen([sys.executable, "-c", holder, key], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
+    process = start_holder(key, shift=shift)
     assert not manager().acquire_lock(key, "me", acquire_timeout=2 * EXPIRY)
     assert process.communicate("\n")[0] == "still owner\n"
     process.wait()

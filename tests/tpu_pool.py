@@ -114,12 +114,16 @@ def on_pool(
 def job_variables(prefect: Prefect, pool: str = "tpu", **variables: Any) -> Iterator[None]:
     """The job variables of the pool's deployment of `pretrain` within the block."""
     deployment = httpx.get(f"{prefect.api}/deployments/name/pretrain/{pool}", timeout=30).json()
-    address = f"{prefect.api}/deployments/{deployment['id']}"
-    httpx.patch(address, json={"job_variables": variables}, timeout=30).raise_for_status()
+
+    def patch(wanted: dict[str, Any]) -> bool:  # 503: the database is locked, as it may be for a moment
+        answer = httpx.patch(f"{prefect.api}/deployments/{deployment['id']}", json={"job_variables": wanted}, timeout=30)
+        return answer.status_code != 503 and bool(answer.raise_for_status())
+
+    until(lambda: patch(variables), "an answer of the server")
     try:
         yield
     finally:
-        httpx.patch(address, json={"job_variables": deployment["job_variables"]}, timeout=30).raise_for_status()
+        until(lambda: patch(deployment["job_variables"]), "an answer of the server")
 
 
 def state_names(prefect: Prefect, run: dict[str, Any]) -> list[str]:
