@@ -126,10 +126,15 @@ def job_variables(prefect: Prefect, pool: str = "tpu", **variables: Any) -> Iter
         until(lambda: patch(deployment["job_variables"]), "an answer of the server")
 
 
-def state_names(prefect: Prefect, run: dict[str, Any]) -> list[str]:
+def states_of(prefect: Prefect, run: dict[str, Any]) -> list[dict[str, Any]]:
     """Every state that a run ever had, in order."""
     states = httpx.get(f"{prefect.api}/flow_run_states/", params={"flow_run_id": run["id"]}, timeout=30).json()
-    return [state["name"] for state in sorted(states, key=lambda state: state["timestamp"])]
+    return sorted(states, key=lambda state: state["timestamp"])
+
+
+def state_names(prefect: Prefect, run: dict[str, Any]) -> list[str]:
+    """The names of all those states."""
+    return [state["name"] for state in states_of(prefect, run)]
 
 
 def last_names(prefect: Prefect) -> list[str]:

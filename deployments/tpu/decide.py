@@ -70,6 +70,7 @@ class RunSeen:
     preemptions: int = 0
     failures: int = 0
     zones_tried: int = 1
+    message: str = ""  # of its state: what it crashed with
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,8 @@ def _after_the_end(seen: SliceSeen, run: RunSeen, limits: Limits) -> Action:
     if again and (seen.state in ("SUSPENDING", "SUSPENDED") or seen.lost_nodes) and run.preemptions < limits.max_preemptions:
         return _preempted(run, limits, "the run crashed when Cloud TPU took the slice back")
     if again and run.failures < limits.max_failures and not _over_budget(seen, limits):
-        return Action(delete=True, change=Change.HOST_FAILED, why=f"the run crashed; failure {run.failures + 1} of {limits.max_failures}")
+        why = f"the run crashed: {run.message or 'without a reason'}; failure {run.failures + 1} of {limits.max_failures}"
+        return Action(delete=True, change=Change.HOST_FAILED, why=why)
     if seen.state == "ACTIVE" and LEADER not in seen.exit_codes and run.settled_seconds < FINISH_SECONDS:
         return NOTHING  # host 0 still sends its logs
     return Action(delete=True, why=f"the run is {run.name or run.type}")

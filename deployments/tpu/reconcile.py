@@ -246,6 +246,7 @@ def run_seen(run: FlowRun, states: list[State], newest_slice: str) -> RunSeen:
     return RunSeen(
         type=run.state.type.value,
         name=run.state.name or "",
+        message=run.state.message or "",
         newest_slice=newest_slice,
         started=ran is not None and (scheduled is None or ran > scheduled),
         settled_seconds=(datetime.datetime.now(datetime.UTC) - run.state.timestamp).total_seconds(),
