@@ -32,7 +32,7 @@ def newest(prefect: Prefect, before: int) -> list[str]:
     return last_names(prefect) if len(prefect.flow_runs("pretrain")) > before else []
 
 
-def adopted(prefect: Prefect, slices: Slices, finished: MainJob, job: MainJob, logs: Path, before: int) -> None:
+def assert_adopted(prefect: Prefect, slices: Slices, finished: MainJob, job: MainJob, logs: Path, before: int) -> None:
     """The same command again ends well, with the run and the slice that there were."""
     on_pool(prefect, job.root, logs, *LONG).succeed()
     runs = prefect.flow_runs("pretrain")
@@ -55,7 +55,7 @@ def test_killed_before_a_worker_took_its_run(
         assert newest(prefect, before) in (["Scheduled"], ["Scheduled", "Late"])
     finally:
         start_worker(prefect, "first")
-    adopted(prefect, slices, finished, job, tmp_path, before)
+    assert_adopted(prefect, slices, finished, job, tmp_path, before)
 
 
 def test_killed_while_its_slice_is_queued(
@@ -66,7 +66,7 @@ def test_killed_while_its_slice_is_queued(
     job.kill(tree=True)
     assert list(slices.states().values()) == ["WAITING_FOR_RESOURCES"]
     no_capacity()
-    adopted(prefect, slices, finished, job, tmp_path, before)
+    assert_adopted(prefect, slices, finished, job, tmp_path, before)
 
 
 def test_killed_while_nobody_looks_at_the_end_of_training(
@@ -76,7 +76,7 @@ def test_killed_while_nobody_looks_at_the_end_of_training(
     trained(job, 250)
     job.kill(tree=True)
     until(lambda: newest(prefect, before)[-1] == "Completed" and not slices.states(), "the end of training")
-    adopted(prefect, slices, finished, job, tmp_path, before)
+    assert_adopted(prefect, slices, finished, job, tmp_path, before)
 
 
 def test_killed_while_it_exports(prefect: Prefect, slices: Slices, finished: MainJob, job: MainJob, tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_killed_while_it_exports(prefect: Prefect, slices: Slices, finished: Mai
     trained(job, STEPS)
     until(lambda: job.child("model.export"), "the export")
     job.kill(tree=True)
-    adopted(prefect, slices, finished, job, tmp_path, before)
+    assert_adopted(prefect, slices, finished, job, tmp_path, before)
 
 
 def test_two_workers_on_one_pool(prefect: Prefect, slices: Slices, finished: MainJob, start: Callable[..., MainJob]) -> None:
