@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -101,6 +102,20 @@ def prefect_server(home: Path, *pools: list[str]) -> Iterator[Prefect]:
                 process.wait(timeout=3)
             except subprocess.TimeoutExpired:
                 process.kill()
+        end_simulated_slices(home)
+
+
+def end_simulated_slices(home: Path) -> None:
+    """Ends the emulator that a worker started, with its hosts: it outlives its workers, and stays until nobody needed it for a while."""
+    written = home / "tpu-emulator" / "emulator.json"
+    try:
+        os.kill(int(json.loads(written.read_bytes())["pid"]), signal.SIGTERM)
+    except (FileNotFoundError, ProcessLookupError):
+        return
+    deadline = time.monotonic() + 60
+    while written.exists():
+        assert time.monotonic() < deadline, "the emulator did not end"
+        time.sleep(0.1)
 
 
 def wait_until_healthy(api: str, server: subprocess.Popen[bytes]) -> None:

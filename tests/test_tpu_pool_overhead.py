@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import json
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ pytestmark = pytest.mark.slow
 MODEL = {"seq_len": 128, "hidden_dim": 32, "intermediate_dim": 64, "num_heads": 2, "num_kv_heads": 1, "num_layers": 2}
 STEPS = 60
 MOST_SECONDS = 20.0
+MOST_BUSY = 0.4  # of all cores, by others; the idle server and its workers are a part of that
 FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 
 
@@ -30,6 +33,19 @@ def said(prefect: Prefect, run: dict[str, Any], words: str) -> float:
     return next(moment(log["timestamp"]) for log in logs if words in log["message"])
 
 
+def busy_share(seconds: float = 3.0) -> float:
+    """How much of all cores is in use, over some seconds."""
+
+    def spent() -> tuple[int, int]:
+        ticks = [int(word) for word in Path("/proc/stat").read_text().split("\n")[0].split()[1:]]
+        return sum(ticks), ticks[3] + ticks[4]  # idle, and waiting for disks
+
+    total, idle = spent()
+    time.sleep(seconds)
+    total_now, idle_now = spent()
+    return 1 - (idle_now - idle) / (total_now - total)
+
+
 def test_little_time_goes_by_beside_training(prefect: Prefect, slices: Slices) -> None:
     """With the settings of the checkout for both workers. Steps before training are work of their own, told and not counted."""
     queries = prefect.environment.pop("PREFECT_WORKER_QUERY_SECONDS")
@@ -38,6 +54,7 @@ def test_little_time_goes_by_beside_training(prefect: Prefect, slices: Slices) -
         kill_worker(prefect)
     finally:
         prefect.environment["PREFECT_WORKER_QUERY_SECONDS"] = queries
+    busy = busy_share()
     flags = {"num_train_steps": STEPS, "train_batch_size": 4, "model": json.dumps(MODEL), "name": "overhead"}
     prefect.run("deployment", "run", "train-llama/tpu", *(word for name, value in flags.items() for word in ("--param", f"{name}={value}")))
     until(lambda: prefect.flow_runs()[-1]["state"]["type"] in FINAL and not slices.states(), "the end of the run and its slice")
@@ -64,6 +81,8 @@ def test_little_time_goes_by_beside_training(prefect: Prefect, slices: Slices) -
     assert sum(spent.values()) == pytest.approx(ended - moment(run["created"]))
     overhead = sum(spent.values()) - spent["training"] - spent["data"]
     print(f"\n{overhead:.1f} s beside the work: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in spent.items()))
+    if busy > MOST_BUSY:
+        pytest.skip(f"{busy:.0%} of this machine were in use by others: {overhead:.1f} s say nothing")
     assert overhead < MOST_SECONDS, spent
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -75,15 +73,6 @@ class Slices:
         """The numbers of the slices that were ever made for a flow run."""
         name = f"pl-{UUID(run['id']).hex}-"
         return sorted({int(path.name.removeprefix(name).split("-")[0]) for path in self.directory.glob(f"{name}*.log")})
-
-    def end(self) -> None:
-        """Ends the emulator with all hosts; it would stay until nobody needed it for a while."""
-        try:
-            process = int(json.loads((self.directory / "emulator.json").read_bytes())["pid"])
-        except FileNotFoundError:
-            return
-        os.kill(process, signal.SIGTERM)
-        until(lambda: not (self.directory / "emulator.json").exists(), "the end of the emulator", 60)
 
     def log(self) -> str:
         """What all hosts said."""

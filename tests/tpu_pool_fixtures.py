@@ -20,7 +20,6 @@ def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
     with prefect_server(home, *work_pools(home)) as prefect:
         start_worker(prefect, "first")
         yield prefect
-    Slices(home).end()
 
 
 @pytest.fixture(scope="session")
