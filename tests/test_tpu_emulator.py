@@ -12,6 +12,7 @@ import pytest
 from google.api_core import exceptions
 from google.cloud import tpu_v2
 
+from deployments.tpu.emulator.fulfilment import Supply
 from deployments.tpu.emulator.service import Service
 from tests.simulated_slices import (
     SCRIPT,
@@ -132,6 +133,21 @@ def test_a_preempted_slice_is_warned_or_not_and_its_queued_resource_suspended(
 
     run(service, test)
     assert ("told to end" in (tmp_path / "q-node-w0.log").read_text()) == (grace > 0)
+
+
+def test_a_slice_can_be_taken_back_before_it_has_hosts(clouds: Callable[..., Service], tmp_path: Path) -> None:
+    service = clouds(Supply(provision_seconds=600.0))
+
+    async def test(client: tpu_v2.TpuAsyncClient) -> None:
+        await client.create_queued_resource(asked())
+        await reached(client, State.PROVISIONING)
+        service.cloud.events.preempt(queued(), 0.0)
+        await reached(client, State.SUSPENDED)
+        await client.delete_queued_resource(name=queued())
+        await gone(client)
+
+    run(service, test)
+    assert not [*tmp_path.glob("*.log")]
 
 
 def test_a_process_that_does_not_listen_is_killed_after_the_grace(clouds: Callable[..., Service]) -> None:

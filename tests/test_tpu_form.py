@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 from uuid import UUID
@@ -49,6 +50,17 @@ def cloud(**changed: Any) -> TPUJobConfiguration:
 def test_refused(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message.replace("(", r"\(")):
         cloud(**changed)
+
+
+@pytest.mark.parametrize("place", ["the pool", "the deployment"])
+def test_a_prefect_block_is_refused_wherever_it_is_named(place: str) -> None:
+    template = TPUWorker.get_default_base_job_template()
+    env = {"OPENING": "{{ prefect.blocks.secret.canary }}"}
+    if place == "the pool":
+        template["variables"]["properties"]["env"]["default"] = env
+    values = {} if place == "the pool" else {"env": env}
+    with pytest.raises(ValueError, match=r"name the Prefect block secret\.canary: its value would stand in the slice's metadata"):
+        asyncio.run(TPUJobConfiguration.from_template_and_values(template, values))
 
 
 def test_a_pool_without_a_word_is_a_simulated_slice_of_two_hosts() -> None:
