@@ -64,7 +64,7 @@ def test_two_hosts_from_the_request_to_their_deletion(clouds: Callable[..., Serv
             assert (environment["JAX_PLATFORMS"], environment["PREFECT_LLAMA_SIMULATED_SLICE"]) == ("cpu", TWO_HOSTS)
             assert set(environment) <= {
                 "PATH", "HOME", "PWD", "GCE_METADATA_HOST", "GCE_METADATA_IP", "JAX_PLATFORMS", "XLA_FLAGS", "LC_CTYPE", "TMPDIR",
-                "PREFECT_LLAMA_SIMULATED_SLICE", "PREFECT_LLAMA_EMULATED_HOST",
+                "PREFECT_LLAMA_SIMULATED_SLICE", "PREFECT_LLAMA_EMULATED_HOST", "PREFECT_LLAMA_CACHE", "GCE_METADATA_ROOT",
             }  # fmt: skip
         running = await processes(client)
         second = await client.get_guest_attributes({"name": node_of(), "query_path": "test/attributes", "worker_ids": ["1"]})
