@@ -14,7 +14,7 @@ from model.job import TrainingJob
 from model.mixture_store import MIXTURE_FILE
 from tasks import objects
 from tasks.artifacts import ArtifactMissing, brought_here, open_artifact
-from tasks.manifests import FileEntry, load_manifest
+from tasks.manifests import FileEntry, Manifest, load_manifest
 from tasks.places import SCHEME, ObjectPath, place_of, place_of_working, working_directory
 from tasks.storage import make_directory
 
@@ -46,11 +46,21 @@ def fetch_mixture(place: ObjectPath, *, tokens: bool = True) -> Path:
     Raises ArtifactMissing, ArtifactDamaged, StorageError.
     """
     directory = _fetched(place)
-    value = json.loads((directory / MIXTURE_FILE).read_text(encoding="utf-8"))
-    stores = [component["store"] for component in value["components"]] if tokens else []
-    for path in (value["tokenizer"]["path"], *stores):
-        _fetched(_artifact_of(place, path))
+    tokenizer, *stores = _parts(place, directory)
+    for part in (tokenizer, *(stores if tokens else ())):
+        _fetched(part)
     return directory
+
+
+def _parts(mixture: ObjectPath, directory: Path) -> list[ObjectPath]:
+    """The artifacts that a mixture names: its tokenizer, then its token stores."""
+    value = json.loads((directory / MIXTURE_FILE).read_text(encoding="utf-8"))
+    return [_artifact_of(mixture, path) for path in (value["tokenizer"]["path"], *(part["store"] for part in value["components"]))]
+
+
+def bytes_to_fetch(place: ObjectPath, directory: Path) -> int:
+    """What a host brings for the mixture at `place`, whose own files are in `directory`. Raises ArtifactMissing, StorageError."""
+    return sum(entry.bytes for part in _parts(place, directory) for entry in _manifest(part).files)
 
 
 def model_here(path: str) -> Path:
@@ -72,12 +82,16 @@ def model_here(path: str) -> Path:
 
 
 def _fetched(place: ObjectPath) -> Path:
+    return Path(brought_here(open_artifact(place, _manifest(place).fingerprint)).path)
+
+
+def _manifest(place: ObjectPath) -> Manifest:
     manifest, reason = load_manifest(place)
     if manifest is None:
         raise ArtifactMissing(
             f"there is no artifact in {place}: its manifest {reason}. Run the same command again: it makes what is missing"
         )
-    return Path(brought_here(open_artifact(place, manifest.fingerprint)).path)
+    return manifest
 
 
 def _artifact_of(mixture: ObjectPath, relative: str) -> ObjectPath:

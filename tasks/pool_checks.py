@@ -15,8 +15,9 @@ from model.preflight.prices import cost
 from model.slices import slice_named
 from model.train_config import SimpleTrainConfig
 from tasks.bucket_checks import location_finding, use_finding
+from tasks.bucket_runs import bytes_to_fetch
 from tasks.findings import Finding, refuse
-from tasks.places import Place, place_of
+from tasks.places import ObjectPath, Place, place_of
 from tasks.pool_settings import TPU, PoolSettings
 from tasks.preflight import preflight, refuse_what_does_not_fit, without_chosen_options
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from model.job import TrainingJob
 
+HOST_DISK_BYTES = 75e9  # of the 100 GB of a TPU VM's boot disk, what system and image leave
 IN_THE_POOL = "in the work pool's form or in the deployment's job_variables"
 
 
@@ -53,6 +55,7 @@ def check_before_asking(
     model = job.model.with_vocab(MixtureTokenizer.read(job.mixture).vocab_size)
     if settings.provider == "cloud":
         refuse(place_findings(settings, place_of(job.bucket or job.directory)), tell)
+        check_disk(settings, job)
         check_fit_and_cost(settings, job.name, model, job.train, tell)
 
 
@@ -100,6 +103,18 @@ def place_findings(settings: PoolSettings, place: Place) -> Iterator[Finding]:
     if settings.zones:
         yield location_finding(place, list(settings.zones))
     yield use_finding(place)
+
+
+def check_disk(settings: PoolSettings, job: TrainingJob) -> None:
+    """Raises ValueError where the hosts' disks have no room for the tokens that each of them brings."""
+    if settings.cache_in_memory or job.mixture_bucket is None:
+        return
+    needed = bytes_to_fetch(ObjectPath.parse(job.mixture_bucket), job.mixture)
+    if needed > HOST_DISK_BYTES:
+        raise ValueError(
+            f"each host of a slice brings the {needed / 1e9:,.0f} GB of tokens of {job.mixture.name} to its disk, which has room for about "
+            f"{HOST_DISK_BYTES / 1e9:.0f} GB: set cache_in_memory=true {IN_THE_POOL}, as TPU VMs have 190 GB of memory and more"
+        )
 
 
 def check_fit_and_cost(

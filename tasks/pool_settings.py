@@ -28,6 +28,7 @@ class PoolSettings(BaseModel):
     num_slices: int = 1
     provisioning: str = "spot"
     max_cost: float | None = None
+    cache_in_memory: bool = False
 
     @classmethod
     def of(cls, work_pool: WorkPool, *variables: Mapping[str, Any]) -> PoolSettings:

@@ -15,7 +15,7 @@ from model.job import TrainingJob
 from model.train_config import SimpleTrainConfig
 from tasks import objects
 from tasks.artifacts import ArtifactDamaged, ArtifactMissing, Damage, brought_here, check, commit, open_artifact
-from tasks.bucket_runs import bucket_of, fetch_mixture, fetch_records, on_this_machine, send_records, stored_entries
+from tasks.bucket_runs import bucket_of, bytes_to_fetch, fetch_mixture, fetch_records, on_this_machine, send_records, stored_entries
 from tasks.places import ObjectPath, working_directory
 from tasks.steps import Step
 from tasks.storage import make_directory
@@ -96,8 +96,9 @@ def test_a_host_brings_the_mixture_its_tokens_and_its_tokenizer(root: ObjectPath
 def test_who_exports_brings_the_tokenizer_alone(root: ObjectPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     place = mixture(root)
     monkeypatch.setenv("PREFECT_LLAMA_CACHE", str(tmp_path / "host"))
-    fetch_mixture(place, tokens=False)
+    here = fetch_mixture(place, tokens=False)
     assert [Path(name).name for name in below(tmp_path / "host")] == ["tokenizer.model"]
+    assert bytes_to_fetch(place, here) == len("a vocabulary" + "plays" + "sonnets")
 
 
 def test_a_job_in_a_directory_stays_as_it_is(tmp_path: Path):

@@ -201,6 +201,18 @@ def job_in(root: Path, **model: Any) -> TrainingJob:
     )
 
 
+def test_tokens_beyond_the_disk_of_a_host_need_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = job_in(tmp_path).model_copy(update={"mixture_bucket": f"gs://{BUCKET}/runs/mixtures/web-1"})
+    sizes = iter([75_000_000_000, 115_200_000_000])
+    monkeypatch.setattr(pool_checks, "bytes_to_fetch", lambda place, directory: next(sizes))
+    pool_checks.check_disk(CLOUD, job)
+    with pytest.raises(
+        ValueError, match=r"brings the 115 GB of tokens of .*room for about 75 GB: set cache_in_memory=true in the work pool"
+    ):
+        pool_checks.check_disk(CLOUD, job)
+    pool_checks.check_disk(changed(cache_in_memory=True), job)
+
+
 def ask(server: Server, job: TrainingJob, **variables: Any) -> None:
     deployment: Any = SimpleNamespace(id=uuid4(), work_pool_name="tpu", job_variables=variables)
     check_before_asking(server, job, deployment, {}, tell=never)  # pyright: ignore[reportArgumentType]

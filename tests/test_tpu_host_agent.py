@@ -208,6 +208,21 @@ def test_an_image_of_googles_is_pulled_with_the_hosts_account(
     assert not Path(pulled.split(" > ")[1]).exists()  # what the login left
 
 
+def test_the_cache_can_be_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mount = tmp_path / "mount"
+    mount.write_text('#!/bin/sh\necho "$@" >> "$0.calls"\n')
+    mount.chmod(0o700)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(host_agent, "CACHE_DIRECTORY", tmp_path / "cache")
+    host_agent.keep_cache_in_memory()
+    assert (tmp_path / "mount.calls").read_text().split() == [
+        *("-t", "tmpfs", "-o", "size=70%,mode=0777", "prefect-llama", str(tmp_path / "cache"))
+    ]
+    monkeypatch.setattr(os.path, "ismount", lambda place: place == tmp_path / "cache")
+    host_agent.keep_cache_in_memory()  # as another boot without a reboot in between
+    assert len((tmp_path / "mount.calls").read_text().splitlines()) == 1
+
+
 def test_it_needs_the_standard_library_alone() -> None:
     for module in HOST_MODULES:
         tree = ast.parse((Path(host_agent.__file__).parent / f"{module}.py").read_text())

@@ -63,6 +63,10 @@ class SliceFields(BaseModel):
         default={},
         description="Environment variables from Secret Manager, read on the hosts: {PREFECT_API_KEY: projects/P/secrets/S}.",
     )
+    cache_in_memory: bool = Field(
+        default=False,
+        description="Hosts keep the tokens that they bring from a bucket in memory. Off: on their disk, which has room for about 75 GB.",
+    )
     valid_until: float = Field(
         default=24.0, gt=0, le=24 * 30, description="Hours to wait in one zone's queue before the next zone is tried."
     )

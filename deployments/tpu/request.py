@@ -116,6 +116,7 @@ def metadata(
         "secrets": configuration.secrets,
         "coordinator_port": port,
         "logs": logs,
+        "cache_in_memory": configuration.cache_in_memory and not local,
         "directory": str(CHECKOUT) if local else None,
         "image": None if local else configuration.image,
         "repository": configuration.repository,
