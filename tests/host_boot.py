@@ -30,5 +30,5 @@ def boot(place: Path, *, replaced: tuple[str, str] = ("", ""), **environment: st
     assert replaced[0] in startup_script()
     script.write_text(startup_script().replace(*replaced), encoding="utf-8")
     script.chmod(0o700)
-    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environment
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"TMPDIR": str(place)} | environment
     return subprocess.Popen([str(script)], env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=place)

@@ -81,14 +81,17 @@ def test_a_boot_runs_the_followers_command_and_reports(server: MetadataServer, a
 
 
 def test_told_to_stop_it_passes_that_on_and_says_so(server: MetadataServer, attributes: dict[str, str], tmp_path: Path) -> None:
-    saves = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); signal.pause()"
+    ready = tmp_path / "ready"
+    saves = (
+        "import pathlib, signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); "
+        f"pathlib.Path({str(ready)!r}).touch(); signal.pause()"
+    )
     attributes[host_agent.LAUNCH] = json.dumps(launch(saves))
     process = boot(tmp_path)
     deadline = time.monotonic() + 60
-    while said(server).get("phase") != "running":
+    while not ready.exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    time.sleep(0.5)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 75

@@ -189,9 +189,11 @@ def get_code(launch: dict[str, Any], metadata: Metadata) -> None:
         subprocess.run(["make", "-C", CODE_DIRECTORY, "setup"], check=True)  # installs the locked, hash-checked packages
 
 
-def die_with_parent() -> None:
-    """In the child: no command outlives this script, to write beside the one of the next boot."""
+def die_with(parent: int) -> None:
+    """In a child of `parent`: no command outlives this script, to write beside the one of the next boot."""
     LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it died before that
+        os._exit(1)
 
 
 class Child:
@@ -210,8 +212,14 @@ class Child:
     def run(self, command: list[str], directory: Path, environment: dict[str, str], log: HostLog) -> int:
         """Runs it to its end; the exit status, of a death by signal as a shell has it."""
         log.say(f"running {shlex.join(command)}")
+        agent = os.getpid()
         self._process = subprocess.Popen(
-            command, cwd=directory, env=environment, preexec_fn=die_with_parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            command,
+            cwd=directory,
+            env=environment,
+            preexec_fn=lambda: die_with(agent),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
         assert self._process.stdout is not None
         log.follow(self._process.stdout)
