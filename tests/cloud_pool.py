@@ -50,7 +50,8 @@ if sys.argv[1] == "run":
     environment = dict(line.rstrip("\\n").split("=", 1) for line in open(sys.argv[sys.argv.index("--env-file") + 1]))
     command = [{sys.executable!r}, *sys.argv[sys.argv.index({FORM["image"]!r}) + 2 :]]
     os.chdir({str(CHECKOUT)!r})
-    os.execve(command[0], command, {{**os.environ, **environment}})
+    simulated = {{name: os.environ[name] for name in ("JAX_PLATFORMS", "XLA_FLAGS")}}  # in place of chips
+    os.execve(command[0], command, {{**os.environ, **environment, **simulated}})
 """
 
 
