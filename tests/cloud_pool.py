@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 
 from deployments.tpu.emulator.cloud import Cloud
 from deployments.tpu.emulator.fulfilment import Supply
 from deployments.tpu.emulator.refusal import Refusal
 from deployments.tpu.emulator.service import Service
+from tests.main_job import MainJob, checkpoint_directory
 from tests.prefect_server import CHECKOUT, Prefect
-from tests.tpu_pool import until, work_pools
+from tests.tpu_pool import reached, states_of, until, work_pools
 
 POOL = "cloud"
 FIRST, SECOND = (f"projects/p/locations/{zone}" for zone in ("us-central2-b", "us-central1-a"))
@@ -48,7 +50,8 @@ if sys.argv[1] == "run":
     environment = dict(line.rstrip("\\n").split("=", 1) for line in open(sys.argv[sys.argv.index("--env-file") + 1]))
     command = [{sys.executable!r}, *sys.argv[sys.argv.index({FORM["image"]!r}) + 2 :]]
     os.chdir({str(CHECKOUT)!r})
-    os.execve(command[0], command, {{**os.environ, **environment}})
+    simulated = {{name: os.environ[name] for name in ("JAX_PLATFORMS", "XLA_FLAGS")}}  # in place of chips
+    os.execve(command[0], command, {{**os.environ, **environment, **simulated}})
 """
 
 
@@ -105,6 +108,55 @@ class SimulatedCloud:
     def gone(self) -> None:
         """Waits until nothing is left."""
         until(lambda: not self.states(), "no slice", 60)
+
+
+class CloudRun:
+    """One run of `pretrain` on the pool: the job of a finished run, which trains it anew below `place`."""
+
+    def __init__(self, prefect: Prefect, finished: MainJob, place: Path, **changes: Any) -> None:
+        before = checkpoint_directory(finished.root)
+        self.directory = place / "checkpoints" / before.name
+        self.directory.mkdir(parents=True)
+        job = json.loads((before / ".job.json").read_text())
+        (mixture,) = (finished.root / "mixtures").glob("*-*")
+        self._job = job | {"directory": str(self.directory), "mixture": str(mixture)} | changes
+        self._prefect = prefect
+        self._id = ""
+
+    def submit(self) -> None:
+        """Asks for the run."""
+        deployment = httpx.get(f"{self._prefect.api}/deployments/name/pretrain/{POOL}", timeout=30).json()
+        made = self._prefect.post(f"/deployments/{deployment['id']}/create_flow_run", parameters={"job": self._job})
+        self._id = made["id"]
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """The run as it is."""
+        return httpx.get(f"{self._prefect.api}/flow_runs/{self._id}", timeout=30).json()
+
+    @property
+    def states(self) -> list[dict[str, Any]]:
+        """Every state that it ever had, in order."""
+        return states_of(self._prefect, {"id": self._id})
+
+    @property
+    def names(self) -> list[str]:
+        """The names of these."""
+        return [state["name"] for state in self.states]
+
+    def until_named(self, name: str) -> None:
+        """Waits for a state of that name."""
+        until(lambda: name in self.names, name)
+
+    def until_final(self, name: str) -> dict[str, Any]:
+        """Waits until it ended and the worker has said its last word; the state, which must have that name."""
+        until(lambda: self.states[-1]["name"] in (name, "GaveUp", "Completed", "Cancelled"), name, 400)
+        assert self.states[-1]["name"] == name, self.states
+        return self.states[-1]
+
+    def trained(self, steps: int) -> None:
+        """Waits until so many steps are in the curve."""
+        reached(self.directory.parent.parent, steps)
 
 
 def _secret_manager(cloud: SimulatedCloud) -> ThreadingHTTPServer:

@@ -162,16 +162,20 @@ def checkpoint_directory(root: Path) -> Path:
     return directory
 
 
-def outcome(root: Path) -> dict[str, Any]:
-    """What must not depend on how often a run was disturbed: all numbers but times and memory, the samples, the exported weights."""
-    directory = checkpoint_directory(root)
+def curves(directory: Path) -> dict[str, Any]:
+    """What training left in its directory and must not depend on how often it was disturbed: all numbers but times and memory, samples."""
     rows = read_json_lines(directory / "metrics.jsonl")
     measured = ("throughput/", "goodput", "host/", "device/")
     return {
         "metrics": [{key: row[key] for key in row if not key.startswith(measured) and not key.endswith("time")} for row in rows],
         "samples": (directory / "samples.jsonl").read_bytes(),
-        "weights": (directory / "hf" / "model.safetensors").read_bytes(),
     }
+
+
+def outcome(root: Path) -> dict[str, Any]:
+    """The curves, and the exported weights."""
+    directory = checkpoint_directory(root)
+    return {**curves(directory), "weights": (directory / "hf" / "model.safetensors").read_bytes()}
 
 
 def assert_same_outcome(root: Path, undisturbed: Path) -> None:

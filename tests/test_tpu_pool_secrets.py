@@ -10,10 +10,10 @@ from urllib.parse import quote
 
 import pytest
 
-from tests.cloud_pool import POOL, WORKER_SECRETS, SimulatedCloud
+from tests.cloud_pool import POOL, WORKER_SECRETS, CloudRun, SimulatedCloud
 from tests.main_job import MainJob
 from tests.prefect_server import Prefect
-from tests.tpu_pool import job_variables, last_names, until
+from tests.tpu_pool import job_variables, until
 
 pytest_plugins = ["tests.tpu_pool_fixtures"]
 pytestmark = pytest.mark.slow
@@ -61,43 +61,41 @@ def test_a_canary_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("end", ["completed", "failed"])
-def test_no_file_has_a_secret(
-    prefect: Prefect, cloud: SimulatedCloud, start: Callable[..., MainJob], root: Path, tmp_path: Path, end: str
-) -> None:
+def test_no_file_has_a_secret_of_a_host(prefect: Prefect, cloud: SimulatedCloud, finished: MainJob, tmp_path: Path, end: str) -> None:
     cloud.secrets.update(wandb=HOST_SECRETS["WANDB_API_KEY"], hub=HOST_SECRETS["HF_TOKEN"])
-    named = {
-        "WANDB_API_KEY": "projects/p/secrets/wandb",
-        "HF_TOKEN": "projects/p/secrets/hub" if end == "completed" else "projects/p/secrets/no",
-    }
-    metadata: list[str] = []
+    named = {name: f"projects/p/secrets/{secret}" for name, secret in (("WANDB_API_KEY", "wandb"), ("HF_TOKEN", "hub"))}
+    if end == "failed":
+        named["HF_TOKEN"] += "-of-another"
     with job_variables(prefect, POOL, secrets=named, env={"WANDB_MODE": "offline"}, max_failures=0):
-        job = start(*SHORT, "--track", "wandb", pool=POOL, **CONTROL_SECRETS)
-        metadata.append(str(cloud.api.get(cloud.one())))
-        status = job.status()
+        run = CloudRun(prefect, finished, tmp_path, track=["wandb"])
+        run.submit()
+        metadata = str(cloud.api.get(cloud.one()))
+        run.until_final("Completed" if end == "completed" else "GaveUp")
     cloud.gone()
-    assert status == (0 if end == "completed" else 1), job.output
-    assert last_names(prefect)[-1] == ("Completed" if end == "completed" else "GaveUp")
     until(lambda: not any((cloud.directory / "disks").iterdir()), "empty disks")
-    seen = json.dumps([prefect.post("/flow_runs/filter"), prefect.post("/logs/filter"), prefect.post("/artifacts/filter"), metadata])
-    (tmp_path / "seen.json").write_text(seen)
-    secrets = [*HOST_SECRETS.values(), *CONTROL_SECRETS.values(), *WORKER_SECRETS.values()]
-    assert holders([prefect.home, cloud.directory, tmp_path], secrets) == []
+    seen = [prefect.post("/flow_runs/filter"), prefect.post("/logs/filter"), prefect.post("/artifacts/filter"), metadata]
+    (tmp_path / "seen.json").write_text(json.dumps(seen))
+    assert holders([prefect.home, cloud.directory, tmp_path], [*HOST_SECRETS.values(), *WORKER_SECRETS.values()]) == []
     if end == "completed":
-        assert [*root.rglob("*.wandb")], "the trainer had the tracker, and so the key"
+        assert [*run.directory.rglob("*.wandb")], "the trainer had the tracker, and so the key"
 
 
-def test_a_secret_block_is_not_written_into_metadata(
-    prefect: Prefect, cloud: SimulatedCloud, start: Callable[..., MainJob], root: Path, tmp_path: Path
-) -> None:
+def test_no_file_has_a_secret_of_the_control_flow(prefect: Prefect, start: Callable[..., MainJob], tmp_path: Path) -> None:
+    start(*SHORT, "--track", "wandb", **CONTROL_SECRETS).succeed()
+    assert holders([prefect.home, tmp_path], [*CONTROL_SECRETS.values()]) == []
+
+
+def test_a_secret_block_is_not_written_into_metadata(prefect: Prefect, cloud: SimulatedCloud, finished: MainJob, tmp_path: Path) -> None:
     """Prefect puts the value of a block where a job variable names it, and everybody in the project can read a slice's metadata."""
     types = prefect.post("/block_types/filter", block_types={"slug": {"any_": ["secret"]}})
     schema = prefect.post("/block_schemas/filter", block_schemas={"block_type_id": {"any_": [types[0]["id"]]}})[0]
     block = {"name": "canary", "block_type_id": types[0]["id"], "block_schema_id": schema["id"], "data": {"value": "canary-of-the-block"}}
     prefect.post("/block_documents/", **block)
     with job_variables(prefect, POOL, env={"OPENING": "{{ prefect.blocks.secret.canary }}"}):
-        job = start(*SHORT, pool=POOL)
-        assert job.status() == 1, job.output
-    assert "the Prefect block secret.canary" in job.output
-    assert "Secret Manager" in job.output
+        run = CloudRun(prefect, finished, tmp_path)
+        run.submit()
+        message = run.until_final("GaveUp")["message"]
+    assert "the Prefect block secret.canary" in message
+    assert "Secret Manager" in message
     assert not cloud.states()
     assert holders([prefect.home, cloud.directory, tmp_path], ["canary-of-the-block"]) == []
