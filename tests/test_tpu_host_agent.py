@@ -143,16 +143,25 @@ def secret_manager() -> Iterator[str]:
 def test_secrets_reach_the_command_alone(server: MetadataServer, attributes: dict[str, str], secret_manager: str, tmp_path: Path) -> None:
     found = tmp_path / "found"
     command = f"import os; open({str(found)!r}, 'w').write(os.environ['WANDB_API_KEY'])"
-    attributes[host_agent.LAUNCH] = json.dumps(launch(command, secrets={"WANDB_API_KEY": "projects/p/secrets/key"}))
+    attributes["agent-worker-number"] = "0"
+    told = launch("pass", leader=[sys.executable, "-c", command], secrets={"WANDB_API_KEY": "projects/p/secrets/key"})
+    attributes[host_agent.LAUNCH] = json.dumps(told)
     output, _ = boot(tmp_path, SECRET_MANAGER_ADDRESS=secret_manager).communicate(timeout=60)
     assert found.read_text() == "canary", output
     assert "canary" not in output
     assert "canary" not in str(server.guest_attributes)
 
 
+def test_followers_get_no_secrets(server: MetadataServer, attributes: dict[str, str], secret_manager: str, tmp_path: Path) -> None:
+    command = "import os, sys; sys.exit('WANDB_API_KEY' in os.environ)"
+    attributes[host_agent.LAUNCH] = json.dumps(launch(command, secrets={"WANDB_API_KEY": "projects/p/secrets/key"}))
+    assert boot(tmp_path, SECRET_MANAGER_ADDRESS=secret_manager).wait(60) == 0
+
+
 def test_a_secret_that_may_not_be_read_names_the_role(
     server: MetadataServer, attributes: dict[str, str], secret_manager: str, tmp_path: Path
 ) -> None:
+    attributes["agent-worker-number"] = "0"
     attributes[host_agent.LAUNCH] = json.dumps(launch("pass", secrets={"HF_TOKEN": "projects/p/secrets/other"}))
     output, _ = boot(tmp_path, SECRET_MANAGER_ADDRESS=secret_manager).communicate(timeout=60)
     assert "cannot read the secret projects/p/secrets/other for HF_TOKEN (HTTP 403)" in output

@@ -61,7 +61,7 @@ class SliceFields(BaseModel):
     revision: str | None = Field(default=None, description="Commit of `repository`.")
     secrets: dict[str, str] = Field(
         default={},
-        description="Environment variables from Secret Manager, read on the hosts: {PREFECT_API_KEY: projects/P/secrets/S}.",
+        description="Environment variables from Secret Manager, read on the first host: {PREFECT_API_KEY: projects/P/secrets/S}.",
     )
     cache_in_memory: bool = Field(
         default=False,

@@ -236,7 +236,7 @@ def run_command(metadata: Metadata, child: Child, log: HostLog) -> int:
     metadata.report("process", place.process)
     if launch.get("logs"):
         log.bucket = BucketLog(metadata.token, f"{launch['logs']}/host-{place.process}.log")
-    values = secrets(metadata, launch["secrets"])
+    values = secrets(metadata, launch["secrets"] if place.process == 0 else {})  # trackers and Prefect are the leader's alone
     log.hide(list(values.values()))
     if launch.get("cache_in_memory"):
         keep_cache_in_memory()
