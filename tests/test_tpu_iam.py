@@ -25,6 +25,7 @@ TPU_METHODS = {
     "delete_queued_resource": {"tpu.nodes.delete"},
     "get_node": {"tpu.nodes.get"},
     "get_guest_attributes": {"tpu.nodes.get"},
+    "list_accelerator_types": {"tpu.acceleratortypes.list"},  # by the doctor
 }
 # Requests of the JSON interface, as `tasks.object_requests.send` has them. Who replaces an object deletes one.
 STORAGE_REQUESTS = {
@@ -33,6 +34,8 @@ STORAGE_REQUESTS = {
     ("POST", "{base}/upload/storage/v1/b/{}/o"): {"storage.objects.create", "storage.objects.delete"},
     ("DELETE", "b/{}/o/{}"): {"storage.objects.delete"},
 }
+# What is asked where a run begins, never on a slice: roles/storage.legacyBucketReader allows it, and without it a warning is told.
+LOCATION_REQUEST = ("GET", "b/{}")
 # What hosts ask for before their command runs, by the URL that says it: secrets and the image.
 HOST_REQUESTS = {
     "https://secretmanager.googleapis.com": {"secretmanager.versions.access"},
@@ -62,7 +65,7 @@ def storage_requests_sent() -> set[tuple[str, str]]:
 
 def test_every_call_is_in_the_tables() -> None:
     assert tpu_methods_called() == TPU_METHODS.keys()
-    assert storage_requests_sent() == STORAGE_REQUESTS.keys()
+    assert storage_requests_sent() == {*STORAGE_REQUESTS, LOCATION_REQUEST}
 
 
 def test_hosts_write_their_logs_with_the_same() -> None:
