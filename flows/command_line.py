@@ -72,7 +72,7 @@ def run_experiments(runs: list[RunConfig], description: str) -> int:
         if status:
             return status
     for run in runs:
-        status = named_errors(lambda run=run: _run(_parse(run, sys.argv[1:], prog=run.name, description=description), None))
+        status = named_errors(lambda run=run: _run(_parse(run, sys.argv[1:], prog=run.name, description=description), None, description))
         if status:
             return status
     return 0
@@ -107,7 +107,7 @@ def named_errors(command: Callable[[], int]) -> int:
         return 2
 
 
-def _run(arguments: Arguments, preset_name: str | None) -> int:
+def _run(arguments: Arguments, preset_name: str | None, description: str = "") -> int:
     config, root = arguments.config, root_place(arguments.root)
     if arguments.text:
         config = config.model_copy(update={"data": own_text_mixture(arguments.text, config.data.tokenizer, arguments.reading)})
@@ -138,6 +138,7 @@ def _run(arguments: Arguments, preset_name: str | None) -> int:
             export=config.export,
             track=list(config.track),
             tags=list(config.tags),
+            description=description,
             pool=config.pool,
             root=str(root),
             only=arguments.only,

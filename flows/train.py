@@ -47,7 +47,7 @@ from tasks.planning import Plan, plan_run
 from tasks.pool_doctor import check_pool
 from tasks.preflight import check_accelerator
 from tasks.presets import Preset
-from tasks.run_report import publish_plan, publish_summary
+from tasks.run_report import publish_plan, publish_record, publish_summary
 from tasks.steps import Step
 from tasks.tokenization import tokenize as tokenize_dataset
 from tasks.tokenize_config import TokenizeConfig
@@ -90,6 +90,7 @@ def train_llama(
     export: ExportConfig | None = None,
     track: list[TrackerName] | None = None,
     tags: list[str] | None = None,
+    description: str | None = None,
     pool: str | None = None,
     root: str | None = None,
     only: str | None = None,
@@ -111,6 +112,7 @@ def train_llama(
         export: How the Hugging Face directory is made, instead of the preset's way.
         track: Trackers besides metrics.jsonl; offline without an account.
         tags: Tags for the trackers and the flow run.
+        description: What the experiment is for, for its record.
         pool: Work pool that trains, for example one of type tpu. Unset: this run itself.
         root: Where artifacts lie: a directory, or gs://bucket/prefix. Unset: PREFECT_LLAMA_ROOT, else ./artifacts.
         only: Regular expression: just the steps (kind/name) that it finds, and what they need.
@@ -137,6 +139,7 @@ def train_llama(
     if config.pool is not None and plan.trains:
         check_pool(config.pool, plan.root, config.train, tell=get_run_logger().info)
     publish_plan(plan)
+    publish_record(plan, description or "")
     artifacts = run_plan(plan)
     publish_summary(plan, artifacts)
     return artifacts

@@ -11,8 +11,10 @@ from prefect.artifacts import create_image_artifact, create_link_artifact, creat
 from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext, get_run_context
 from prefect.logging import get_run_logger
+from prefect.utilities.urls import url_for
 
 from tasks.artifacts import Artifact
+from tasks.experiment_record import launch_record, record_markdown
 from tasks.planning import Plan, component_rows, plan_lines, plan_rows
 from tasks.summary import RunSummary
 
@@ -27,6 +29,29 @@ def publish_plan(plan: Plan) -> None:
     data = "\n".join("| " + " | ".join(row) + " |" for row in component_rows(plan))
     tables = f"| dataset | share | tokens | epochs |\n|---|---|---|---|\n{data}\n\n| step | action | why |\n|---|---|---|\n{rows}"
     _keep(lambda: create_markdown_artifact(f"{numbers}\n\n{tables}", key="plan", description="Plan"))
+
+
+def publish_record(plan: Plan, description: str) -> None:
+    """Writes the record of the experiment, and keeps it as an artifact of the flow run; nothing where the plan trains nothing.
+
+    Raises:
+        StorageError: the root cannot be written.
+    """
+    written = launch_record(plan, description, _this_flow_run())
+    if written is None:
+        return
+    place, record = written
+    get_run_logger().info("the experiment's record is %s", place)
+    _keep(lambda: create_markdown_artifact(record_markdown(place, record), key="experiment-record", description="Experiment record"))
+
+
+def _this_flow_run() -> dict[str, str]:
+    """`id`, `name` and, where a UI shows it, `url` of the flow run."""
+    run = get_run_context()
+    if not isinstance(run, FlowRunContext) or run.flow_run is None:
+        return {}
+    url = url_for("flow-run", obj_id=run.flow_run.id)
+    return {"id": str(run.flow_run.id), "name": run.flow_run.name, **({"url": url} if url else {})}
 
 
 def publish_summary(plan: Plan, artifacts: list[Artifact]) -> None:
