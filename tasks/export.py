@@ -5,19 +5,20 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from model.durable import write_json
+from model.durable import write_durably, write_json
 from tasks.artifacts import Artifact
 from tasks.bucket_runs import fetch_mixture
 from tasks.caching import StepOutput, step_task
 from tasks.children import run_child
 from tasks.config import ExportConfig
+from tasks.model_card import CARD, model_card
 from tasks.places import ObjectPath
 from tasks.steps import Step
 from tasks.training import training_job
 
 
 def export_body(step: Step, directory: Path, inputs: tuple[Artifact, ...]) -> StepOutput:
-    """Writes config.json, safetensors and the tokenizer from the checkpoint in `inputs[0]`, trained on the mixture `inputs[1]`.
+    """Writes config.json, safetensors, the tokenizer and a card, from the checkpoint in `inputs[0]`, trained on the mixture `inputs[1]`.
 
     Raises:
         ChildFailed: the checkpoint is damaged, or the disk is full.
@@ -32,6 +33,7 @@ def export_body(step: Step, directory: Path, inputs: tuple[Artifact, ...]) -> St
         job_file = Path(place) / "job.json"
         write_json(job_file, job.model_dump(mode="json"))
         run_child("model.export", [str(job_file), str(directory.absolute()), config.dtype], lambda event: None)
+    write_durably(directory / CARD, model_card(step, checkpoint, directory).encode())
     return StepOutput(stats={"dtype": config.dtype})
 
 
