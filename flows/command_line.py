@@ -136,6 +136,7 @@ def _run(arguments: Arguments, preset_name: str | None, description: str = "") -
             data=config.data,
             tokenize=config.tokenize,
             export=config.export,
+            eval_harness=config.eval_harness,
             track=list(config.track),
             tags=list(config.tags),
             description=description,

@@ -9,19 +9,16 @@ from __future__ import annotations
 import json
 import os
 import time
-from pathlib import Path
 from typing import Any
 
-from model.durable import json_text, write_json
 from model.secret_text import without_secrets
 from model.tracker_services import tracker_name
-from tasks import objects
+from tasks.json_files import read_json, write_json
 from tasks.pipeline import label
-from tasks.places import ObjectPath, Place, place_of
+from tasks.places import Place, place_of
 from tasks.planning import Plan, plan_lines
 from tasks.source_control import code_state
 from tasks.steps import Step
-from tasks.storage import make_directory, storage_errors
 
 EXPERIMENTS = "experiments"
 MOST_LAUNCHES = 100
@@ -40,27 +37,13 @@ def record_place(training: Place) -> Place:
 
 def read_record(training: str | Place) -> dict[str, Any] | None:
     """The record of the run in that directory; None where there is none. Raises ValueError where it is damaged, or StorageError."""
-    place = record_place(place_of(training))
-    try:
-        data = place.read_bytes() if isinstance(place, Path) else objects.read(place)[0]
-    except FileNotFoundError:
-        return None
-    try:
-        found = json.loads(data)
-    except ValueError as error:
-        raise ValueError(f"{place} is damaged ({error}): remove it; the next start of the run writes it anew") from None
-    return found if isinstance(found, dict) else None
+    return read_json(record_place(place_of(training)))
 
 
 def write_record(training: Place, record: dict[str, Any]) -> Place:
     """Writes the record of the run in the directory `training`, whole or not at all; where it lies. Raises StorageError."""
     place = record_place(training)
-    if isinstance(place, ObjectPath):
-        objects.write(place, json_text(record).encode(), generation=None)
-        return place
-    with storage_errors(place.parent):
-        make_directory(place.parent)
-        write_json(place, record)
+    write_json(place, record)
     return place
 
 

@@ -73,6 +73,15 @@ def publish_summary(plan: Plan, artifacts: list[Artifact]) -> None:
     _keep(lambda: create_markdown_artifact(summary.markdown(), key="run-summary", description=f"Summary of {name}"))
 
 
+def publish_evaluations(plan: Plan, rows: list[dict[str, Any]]) -> None:
+    """Keeps the numbers of lm-eval as a table of the flow run; nothing where there are none."""
+    if not rows:
+        return
+    for name, value in rows[-1].items():
+        get_run_logger().info("%s %s", name, value)
+    _keep(lambda: create_table_artifact(rows, key="evaluations", description=f"lm-eval on {plan.config.name}"))
+
+
 def _thin(rows: list[dict[str, Any]], most: int = 200) -> list[dict[str, Any]]:
     """At most about `most` rows: evenly spread ones, every row with an evaluation, and the last."""
     stride = max(1, -(-len(rows) // most))
