@@ -1,4 +1,4 @@
-"""The command line of train-llama: presets and flags, `doctor`, `verify PATH`, `adopt PATH`, `rollback PATH`, `push PATH`.
+"""The command line of train-llama: presets and flags, `doctor`, `verify PATH`, `adopt PATH`, `rollback PATH`, `push PATH`, `report PATH`.
 
 Exit status: 0 the last checkpoint is committed (or the plan, the check, was good), 1 a step failed, 2 the request was wrong,
 130 stopped on request.
@@ -85,7 +85,7 @@ def _parse(default: RunConfig, arguments: list[str], *, prog: str, description: 
         default=Arguments(config=default),
         prog=prog,
         description=description
-        or "Pretrain a Llama from raw text: `train.py [PRESET] [flags]`, or `train.py doctor|verify|adopt|rollback|push`.",
+        or "Pretrain a Llama from raw text: `train.py [PRESET] [flags]`, or `train.py doctor|verify|adopt|rollback|push|report`.",
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
         registry=batch_size_flags(),
     )

@@ -1,4 +1,4 @@
-"""The commands beside training: `doctor`, `verify PATH`, `adopt PATH`, `rollback PATH`, `push PATH`."""
+"""The commands beside training: `doctor`, `verify PATH`, `adopt PATH`, `rollback PATH`, `push PATH`, `report PATH`."""
 
 from __future__ import annotations
 
@@ -166,10 +166,26 @@ def push(arguments: list[str]) -> int:
     return 0
 
 
+def report(arguments: list[str]) -> int:
+    """Makes the page of a run, finished or not, anew."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Report:
+        path: tyro.conf.Positional[Path]
+        """The run's directory, artifacts/checkpoints/NAME-..."""
+
+    from tasks.run_page import write_run_page
+
+    options = tyro.cli(Report, args=arguments, prog="train.py report", description="Show a run, finished or not, on one page: report.html.")
+    print(write_run_page(options.path))
+    return 0
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "doctor": doctor,
     "verify": verify,
     "adopt": adopt_command,
     "rollback": rollback,
     "push": push,
+    "report": report,
 }

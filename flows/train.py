@@ -52,7 +52,7 @@ from tasks.planning import Plan, local_device_count, plan_run
 from tasks.pool_doctor import check_pool
 from tasks.preflight import check_accelerator
 from tasks.presets import Preset
-from tasks.run_report import publish_evaluations, publish_plan, publish_record, publish_summary
+from tasks.run_report import publish_evaluations, publish_plan, publish_record, publish_report, publish_summary
 from tasks.steps import Step
 from tasks.tokenization import tokenize as tokenize_dataset
 from tasks.tokenize_config import TokenizeConfig
@@ -153,8 +153,11 @@ def train_llama(
     evaluations = evaluations_of(plan)
     artifacts = run_plan(plan, evaluations)
     publish_summary(plan, artifacts)
-    if evaluations is not None:
-        publish_evaluations(plan, evaluations.at_the_end())
+    try:
+        if evaluations is not None:
+            publish_evaluations(plan, evaluations.at_the_end())
+    finally:
+        publish_report(artifacts)
     return artifacts
 
 

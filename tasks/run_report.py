@@ -15,7 +15,9 @@ from prefect.utilities.urls import url_for
 
 from tasks.artifacts import Artifact
 from tasks.experiment_record import launch_record, record_markdown
+from tasks.json_files import write_text
 from tasks.planning import Plan, component_rows, plan_lines, plan_rows
+from tasks.run_page import PAGE, write_run_page
 from tasks.summary import RunSummary
 
 
@@ -80,6 +82,21 @@ def publish_evaluations(plan: Plan, rows: list[dict[str, Any]]) -> None:
     for name, value in rows[-1].items():
         get_run_logger().info("%s %s", name, value)
     _keep(lambda: create_table_artifact(rows, key="evaluations", description=f"lm-eval on {plan.config.name}"))
+
+
+def publish_report(artifacts: list[Artifact]) -> None:
+    """Writes the page of the run that is among the artifacts, beside it; nothing where none is. A page that fails is told."""
+    summary = RunSummary.of(artifacts)
+    if summary is None:
+        return
+    try:
+        page = write_run_page(summary.directory)
+        if not isinstance(summary.place, Path):
+            write_text(summary.place / PAGE, page.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        get_run_logger().warning("the run's report was not written: %s", error)
+        return
+    get_run_logger().info("the run's report is %s", summary.place / PAGE)
 
 
 def _thin(rows: list[dict[str, Any]], most: int = 200) -> list[dict[str, Any]]:

@@ -176,7 +176,16 @@ def test_tasks_are_names_with_their_number_of_examples(tmp_path: Path, monkeypat
 def test_the_main_job_evaluates_beside_training_and_makes_up_what_a_kill_left(tmp_path: Path) -> None:
     lines = [f"to be, or not to be, that is question {number}" for number in range(8)]
     tasks = write_tasks(tmp_path / "tasks", lines)
-    flags = ("--eval-harness.tasks", "choose", "--eval-harness.steps", "15", "--eval-harness.task-dir", str(tasks))
+    flags = (
+        "--eval-harness.tasks",
+        "choose",
+        "--eval-harness.steps",
+        "15",
+        "--eval-harness.task-dir",
+        str(tasks),
+        "--train.max-checkpoints",
+        "None",
+    )
     job = MainJob(tmp_path / "root", tmp_path / "home", *flags, HF_DATASETS_OFFLINE="1", HF_HOME=str(tmp_path / "hf"))
     job.until("hf job")
     job.kill(tree=True)
