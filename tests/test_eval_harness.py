@@ -13,6 +13,7 @@ from tasks.artifacts import Artifact, commit
 from tasks.children import ChildFailed, ChildStopped
 from tasks.config import CORE_TASKS, EvalHarnessConfig, RunConfig
 from tasks.eval_harness import RESULTS, Evaluations, ObligationsLeft, check_eval_harness
+from tasks.experiment_record import read_record
 from tasks.obligations import EVALS, OBLIGATIONS, Ledger, due_steps
 from tasks.presets import preset
 from tasks.steps import Step
@@ -196,3 +197,7 @@ def test_the_main_job_evaluates_beside_training_and_makes_up_what_a_kill_left(tm
     assert all(0 <= row["lm_eval/choose/acc"] <= 1 for row in rows)
     assert Ledger(directory).due == []
     assert (directory / "hf" / "README.md").read_text().startswith("---\n")
+    assert "lm_eval/choose/acc" in (directory / "report.html").read_text()
+    record = read_record(directory)
+    assert record is not None
+    assert len(record["launches"]) == 1, "the second start found the training done"
