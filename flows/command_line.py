@@ -1,4 +1,4 @@
-"""The command line of train-llama: presets and flags, `doctor`, `verify PATH`, `adopt PATH`, `rollback PATH`.
+"""The command line of train-llama: presets and flags, `doctor`, `verify PATH`, `adopt PATH`, `rollback PATH`, `push PATH`, `report PATH`.
 
 Exit status: 0 the last checkpoint is committed (or the plan, the check, was good), 1 a step failed, 2 the request was wrong,
 130 stopped on request.
@@ -72,7 +72,7 @@ def run_experiments(runs: list[RunConfig], description: str) -> int:
         if status:
             return status
     for run in runs:
-        status = named_errors(lambda run=run: _run(_parse(run, sys.argv[1:], prog=run.name, description=description), None))
+        status = named_errors(lambda run=run: _run(_parse(run, sys.argv[1:], prog=run.name, description=description), None, description))
         if status:
             return status
     return 0
@@ -85,7 +85,7 @@ def _parse(default: RunConfig, arguments: list[str], *, prog: str, description: 
         default=Arguments(config=default),
         prog=prog,
         description=description
-        or "Pretrain a Llama from raw text: `train.py [PRESET] [flags]`, or `train.py doctor|verify|adopt|rollback`.",
+        or "Pretrain a Llama from raw text: `train.py [PRESET] [flags]`, or `train.py doctor|verify|adopt|rollback|push|report`.",
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
         registry=batch_size_flags(),
     )
@@ -107,7 +107,7 @@ def named_errors(command: Callable[[], int]) -> int:
         return 2
 
 
-def _run(arguments: Arguments, preset_name: str | None) -> int:
+def _run(arguments: Arguments, preset_name: str | None, description: str = "") -> int:
     config, root = arguments.config, root_place(arguments.root)
     if arguments.text:
         config = config.model_copy(update={"data": own_text_mixture(arguments.text, config.data.tokenizer, arguments.reading)})
@@ -136,8 +136,10 @@ def _run(arguments: Arguments, preset_name: str | None) -> int:
             data=config.data,
             tokenize=config.tokenize,
             export=config.export,
+            eval_harness=config.eval_harness,
             track=list(config.track),
             tags=list(config.tags),
+            description=description,
             pool=config.pool,
             root=str(root),
             only=arguments.only,

@@ -2,6 +2,7 @@
 
     python flows/generate.py artifacts/checkpoints/debug-2b2e... "To be, or not to be"
     python flows/generate.py artifacts/checkpoints/debug-2b2e.../hf "Once" "Twice" --greedy
+    python flows/generate.py artifacts/checkpoints/mine-91c3... --chat
 
 Exit status: 0 done, 1 it broke, 2 the request was wrong, 130 stopped on request.
 """
@@ -17,13 +18,14 @@ if __name__ == "__main__":
 
 import dataclasses
 import tempfile
-from typing import Any
+from collections.abc import Callable
+from typing import IO, Any
 
 import tyro
 
 from flows.command_line import named_errors
 from model.durable import write_json
-from model.inference_jobs import CompletionJob
+from model.inference_jobs import ChatJob, CompletionJob
 from model.model_place import find_model
 from tasks.bucket_runs import model_here
 from tasks.children import ChildFailed, run_child
@@ -35,10 +37,16 @@ class Arguments:
 
     checkpoint: tyro.conf.Positional[str]
     """A run's directory (in a bucket, a finished run's), one of its checkpoints/<step>, or a directory with a Hugging Face Llama."""
-    prompts: tyro.conf.Positional[tuple[str, ...]]
+    prompts: tyro.conf.Positional[tuple[str, ...]] = ()
     """The texts; each is continued on its own."""
+    chat: bool = False
+    """Talk with the model, by its tokenizer's chat template: each line typed, or piped in, is one message."""
+    chat_template: Path | None = None
+    """A file with the template (Jinja, as Hugging Face tokenizers have it), where the tokenizer has none or another is meant."""
+    system: str | None = None
+    """What the conversation begins with, for the model alone; with --chat."""
     max_new_tokens: int | None = None
-    """Longest continuation; unset: 128, or what the model's context has room for."""
+    """Longest continuation; unset: 128, of an answer 256, or what the model's context has room for."""
     temperature: float = 0.8
     """Divides the logits; 0 always takes the likeliest token."""
     top_p: float = 0.95
@@ -77,20 +85,36 @@ def main(arguments: list[str]) -> int:
 def _complete(options: Arguments) -> int:
     if options.greedy and options.temperature not in (0, 0.8):
         raise ValueError(f"--greedy and --temperature={options.temperature} contradict each other: leave one of them out")
-    job = CompletionJob(
-        model=find_model(model_here(options.checkpoint)),
-        prompts=options.prompts,
-        max_new_tokens=options.max_new_tokens,
-        temperature=0.0 if options.greedy else options.temperature,
-        top_p=options.top_p,
-        seed=options.seed,
-    )
-    terminal = Terminal(options.prompts)
+    sampling: dict[str, Any] = {
+        "max_new_tokens": options.max_new_tokens,
+        "temperature": 0.0 if options.greedy else options.temperature,
+        "top_p": options.top_p,
+        "seed": options.seed,
+    }
+    if options.chat:
+        if options.prompts:
+            raise ValueError(f"--chat takes no prompts (got {options.prompts[0]!r}): type your message when it asks, or pipe it in")
+        from flows.chat import chat
+
+        return chat(options.checkpoint, options.chat_template, options.system, sampling)
+    for flag, value in (("--chat-template", options.chat_template), ("--system", options.system)):
+        if value is not None:
+            raise ValueError(f"{flag} has no effect without --chat: add that, or leave it out")
+    if not options.prompts:
+        raise ValueError("there is no prompt: give a text to go on from, or --chat to talk with the model")
+    job = CompletionJob(model=find_model(model_here(options.checkpoint)), prompts=options.prompts, **sampling)
+    return run_inference("model.completion", job, Terminal(options.prompts).on_event)
+
+
+def run_inference(
+    module: str, job: CompletionJob | ChatJob, on_event: Callable[[dict[str, Any]], None], on_start: Callable[[IO[str]], None] | None = None
+) -> int:
+    """Runs the process that uses a model; the exit status of this one."""
     with tempfile.TemporaryDirectory() as place:
         job_file = Path(place) / "job.json"
         write_json(job_file, job.model_dump(mode="json"))
         try:
-            run_child("model.completion", [str(job_file)], terminal.on_event)
+            run_child(module, [str(job_file)], on_event, on_start=on_start)
         except ChildFailed as error:
             print(f"error: {error}", file=sys.stderr)
             return 2 if error.named else 1

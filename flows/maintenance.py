@@ -1,4 +1,4 @@
-"""The commands beside training: `doctor`, `verify PATH`, `adopt PATH`, `rollback PATH`."""
+"""The commands beside training: `doctor`, `verify PATH`, `adopt PATH`, `rollback PATH`, `push PATH`, `report PATH`."""
 
 from __future__ import annotations
 
@@ -142,4 +142,50 @@ def rollback(arguments: list[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"doctor": doctor, "verify": verify, "adopt": adopt_command, "rollback": rollback}
+def push(arguments: list[str]) -> int:
+    """Sends a run's export, with its card, to the Hugging Face hub."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Push:
+        path: tyro.conf.Positional[str]
+        """The run's directory, artifacts/checkpoints/NAME-..., of this machine or in a bucket."""
+        repo: str
+        """ORG/NAME on the hub; made if it is not there."""
+        revision: str | None = None
+        """Branch; unset: main."""
+        public: bool = False
+        """Let everybody see a repository that is made."""
+
+    from tasks.hub_push import push_export
+
+    description = "Send a run's export to the Hugging Face hub. The token is that of the environment's HF_TOKEN."
+    options = tyro.cli(Push, args=arguments, prog="train.py push", description=description, config=(tyro.conf.FlagCreatePairsOff,))
+    url, notes = push_export(options.path, options.repo, public=options.public, revision=options.revision)
+    for line in (f"pushed: {url}", *(f"note: {note}" for note in notes)):
+        print(line)
+    return 0
+
+
+def report(arguments: list[str]) -> int:
+    """Makes the page of a run, finished or not, anew."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Report:
+        path: tyro.conf.Positional[Path]
+        """The run's directory, artifacts/checkpoints/NAME-..."""
+
+    from tasks.run_page import write_run_page
+
+    options = tyro.cli(Report, args=arguments, prog="train.py report", description="Show a run, finished or not, on one page: report.html.")
+    print(write_run_page(options.path))
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "doctor": doctor,
+    "verify": verify,
+    "adopt": adopt_command,
+    "rollback": rollback,
+    "push": push,
+    "report": report,
+}

@@ -24,6 +24,7 @@ if __name__ == "__main__":
 
 import flows.prefect_settings  # noqa: F401, I001  (before Prefect reads its settings)
 
+from collections.abc import Callable, Collection
 from typing import Annotated, Any
 
 from prefect import flow, get_run_logger
@@ -32,22 +33,26 @@ from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
+from flows.harness_flow import evaluate_model
 from model.config import LlamaConfig
+from model.inference_jobs import HarnessJob
 from model.train_config import SimpleTrainConfig
 from model.trackers import TrackerName
 from tasks.artifacts import Artifact
-from tasks.config import ExportConfig
+from tasks.config import EvalHarnessConfig, ExportConfig
 from tasks.children import allow_children, stop_children
 from tasks.datasets import Mixture
 from tasks.download import download
+from tasks.eval_harness import Evaluations
 from tasks.experiment import default_train, resolve_run, root_place
+from tasks.experiment_record import training_step
 from tasks.export import export_hf
 from tasks.mixture import mix
-from tasks.planning import Plan, plan_run
+from tasks.planning import Plan, local_device_count, plan_run
 from tasks.pool_doctor import check_pool
 from tasks.preflight import check_accelerator
 from tasks.presets import Preset
-from tasks.run_report import publish_plan, publish_summary
+from tasks.run_report import publish_evaluations, publish_plan, publish_record, publish_report, publish_summary
 from tasks.steps import Step
 from tasks.tokenization import tokenize as tokenize_dataset
 from tasks.tokenize_config import TokenizeConfig
@@ -65,6 +70,8 @@ TASKS = {
     "hf": export_hf,
 }
 
+
+LOOK_SECONDS = 2.0  # between two looks for checkpoints to evaluate
 
 # Independent steps, such as tokenizing two datasets, run side by side. (Prefect's own annotation is invariant.)
 _TASK_RUNNER: Any = ThreadPoolTaskRunner(max_workers=4)
@@ -88,8 +95,10 @@ def train_llama(
     data: Mixture | None = None,
     tokenize: TokenizeConfig | None = None,
     export: ExportConfig | None = None,
+    eval_harness: EvalHarnessConfig | None = None,
     track: list[TrackerName] | None = None,
     tags: list[str] | None = None,
+    description: str | None = None,
     pool: str | None = None,
     root: str | None = None,
     only: str | None = None,
@@ -109,8 +118,10 @@ def train_llama(
         data: The whole data mixture, instead of the preset's.
         tokenize: Where and how wide tokenization runs. Unset: on threads of this machine.
         export: How the Hugging Face directory is made, instead of the preset's way.
+        eval_harness: Tasks of lm-eval that checkpoints are evaluated by, beside the run.
         track: Trackers besides metrics.jsonl; offline without an account.
         tags: Tags for the trackers and the flow run.
+        description: What the experiment is for, for its record.
         pool: Work pool that trains, for example one of type tpu. Unset: this run itself.
         root: Where artifacts lie: a directory, or gs://bucket/prefix. Unset: PREFECT_LLAMA_ROOT, else ./artifacts.
         only: Regular expression: just the steps (kind/name) that it finds, and what they need.
@@ -128,6 +139,7 @@ def train_llama(
         data=data,
         tokenize=tokenize,
         export=export,
+        eval_harness=eval_harness,
         track=track,
         tags=tags,
         pool=pool,
@@ -137,13 +149,36 @@ def train_llama(
     if config.pool is not None and plan.trains:
         check_pool(config.pool, plan.root, config.train, tell=get_run_logger().info)
     publish_plan(plan)
-    artifacts = run_plan(plan)
+    publish_record(plan, description or "")
+    evaluations = evaluations_of(plan)
+    artifacts = run_plan(plan, evaluations)
     publish_summary(plan, artifacts)
+    try:
+        if evaluations is not None:
+            publish_evaluations(plan, evaluations.at_the_end())
+    finally:
+        publish_report(artifacts)
     return artifacts
 
 
-def run_plan(plan: Plan) -> list[Artifact]:
+def evaluations_of(plan: Plan) -> Evaluations | None:
+    """What evaluates the checkpoints of the plan's training, now or owed from earlier starts; None where the plan trains nothing."""
+    training = training_step(plan)
+    if training is None:
+        return None
+
+    def evaluate(job: HarnessJob) -> Artifact:
+        return evaluate_model(job, root=str(plan.root))
+
+    # where a TPU or GPU is attached, the training has it
+    free = plan.config.pool is not None or local_device_count() is not None
+    return Evaluations(training.directory(plan.root), plan.config, evaluate, get_run_logger().warning, beside=free)
+
+
+def run_plan(plan: Plan, evaluations: Evaluations | None = None) -> list[Artifact]:
     """Submits every step with its inputs; independent ones run at once. Whatever ends this call stops the children first.
+
+    Meanwhile checkpoints are evaluated, where that is asked for.
 
     Raises:
         what the first step that failed raised.
@@ -153,12 +188,24 @@ def run_plan(plan: Plan) -> list[Artifact]:
     try:
         for step in plan.wanted:
             futures[step.fingerprint] = submit(step, plan, futures)
+        if evaluations is not None and plan.config.eval_harness.tasks:
+            look_while_running(futures.values(), evaluations.while_training)
         return [future.result() for future in futures.values()]
     except BaseException:
         stop_children()
         for future in futures.values():
             future.wait()
         raise
+
+
+def look_while_running(futures: Collection[PrefectFuture[Artifact]], look: Callable[[], None]) -> None:
+    """Calls `look` every few seconds until all futures have ended."""
+    running = list(futures)
+    for future in futures:
+        future.add_done_callback(running.remove)
+    while left := list(running):
+        look()
+        left[0].wait(timeout=LOOK_SECONDS)
 
 
 def submit(step: Step, plan: Plan, futures: dict[str, PrefectFuture[Artifact]]) -> PrefectFuture[Artifact]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ UNFINISHED = "\ufffd"  # what decoders put where bytes are no character, or none
 class Continuation:
     """The text of one row as it grows: nothing that was said is ever taken back, and no character is said in halves."""
 
-    def __init__(self, vocabulary: Vocabulary, prompt_ids: list[int], max_new_tokens: int) -> None:
+    def __init__(self, vocabulary: Vocabulary, prompt_ids: list[int], max_new_tokens: int, stops: Collection[int] = ()) -> None:
+        """`stops`: ids that end the text besides EOS."""
+        self._stops = {vocabulary.eos_id, *stops}
         self._vocabulary, self._prompt_ids, self._max_new_tokens = vocabulary, prompt_ids, max_new_tokens
         self._said = len(vocabulary.decode(prompt_ids))
         self.ids: list[int] = []
@@ -35,7 +37,7 @@ class Continuation:
     @property
     def stopped(self) -> bool:
         """Whether the model ended the text itself."""
-        return self.ids[-1:] == [self._vocabulary.eos_id]
+        return bool(self.ids) and self.ids[-1] in self._stops
 
     @property
     def ended(self) -> bool:

@@ -22,6 +22,16 @@ class CompletionJob(Config):
     seed: int = Field(default=0, ge=0, lt=2**32, description="Of the sampling.")
 
 
+class ChatJob(Config):
+    """Conversations to hold, for `python -m model.chat`; what is said comes on its standard input."""
+
+    model: Path = Field(description="A run's directory, one of its checkpoints, or a Hugging Face directory.")
+    max_new_tokens: int | None = Field(default=None, ge=1, description="Longest answer; unset: 256, or what the context has room for.")
+    temperature: float = Field(default=0.8, ge=0, allow_inf_nan=False, description="Divides the logits; 0 takes the likeliest token.")
+    top_p: float = Field(default=0.95, gt=0, le=1, description="Sample from the likeliest tokens that hold this probability.")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="Of the sampling; each answer adds one.")
+
+
 class HarnessJob(Config):
     """Tasks of lm-eval to run, for `python -m model.harness`."""
 

@@ -61,6 +61,32 @@ def _write_html(path: Path, rows: list[dict[str, Any]], title: str, unigram_entr
     return path
 
 
+PAGE_CURVES: dict[str, dict[str, str]] = {
+    "nats per token": {"train/loss": "train loss", "eval/loss": "held-out loss"},
+    "tokens a second": {"throughput/tokens_per_second": "tokens a second"},
+    "share": {"goodput": "goodput", "throughput/mfu": "model FLOPs utilisation"},
+    "gradient norm": {"grad/norm/total": "gradient norm"},
+}
+
+
+def figures_html(rows: list[dict[str, Any]]) -> list[str]:
+    """The curves of `PAGE_CURVES` as parts of an HTML page, those that have points; the first brings the library that draws them all."""
+    import plotly.graph_objects as graph
+
+    figures: list[str] = []
+    for axis, curves in PAGE_CURVES.items():
+        drawn = {name: points for key, name in curves.items() if (points := series(rows, key))[0]}
+        if not drawn:
+            continue
+        layout = {"xaxis_title": "optimizer step", "yaxis_title": axis, "showlegend": True, "margin": {"t": 20}}
+        figure = graph.Figure(layout=layout)
+        for name, (steps, values) in drawn.items():
+            figure.add_trace(graph.Scatter(x=steps, y=values, name=name, mode="lines" if len(steps) > 20 else "lines+markers"))
+        options: dict[str, Any] = {"full_html": False, "default_height": 380, "config": {"displayModeBar": False}}
+        figures.append(figure.to_html(include_plotlyjs=not figures, **options))
+    return figures
+
+
 def terminal_plot(rows: list[dict[str, Any]], *, unigram_entropy: float | None, width: int = 78, height: int = 16) -> str:
     """The loss curve drawn with characters, without colour codes."""
     import plotext

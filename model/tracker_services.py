@@ -17,6 +17,11 @@ from model.secret_text import without_secrets
 ONLINE_SECONDS = 60  # an answer that W&B does not give by then is not waited for: the run is kept offline
 
 
+def tracker_name(name: str, most: int = 64) -> str:
+    """A run's name as a tracker takes it: at most `most` characters, cut in the middle, for arms of a sweep differ in their last ones."""
+    return name if len(name) <= most else f"{name[: most // 2 - 2]}..{name[-(most // 2) :]}"
+
+
 def _no_numbers(at_least: int) -> int:
     raise RuntimeError("the session has not begun")
 
@@ -75,7 +80,7 @@ class Wandb:
         options: Any = {
             "project": os.environ.get("WANDB_PROJECT", "prefect-llama"),
             "id": session.run_id,
-            "name": session.name[:64],
+            "name": tracker_name(session.name),
             "tags": list(session.tags),
             "config": session.config,
             "dir": str(session.directory),
@@ -166,7 +171,7 @@ class Trackio:
     def __init__(self, session: Session) -> None:
         import trackio
 
-        name = f"{session.name[:40]}-{session.run_id[:8]}"
+        name = f"{tracker_name(session.name, 40)}-{session.run_id[:8]}"
         options: Any = {"auto_log_cpu": False, "auto_log_gpu": False, "embed": False}
         self._run = trackio.init(project="prefect-llama", name=name, config=session.config, resume="allow", **options)
 

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import IO, Any
 
 from model.child import HUNG, child_environment, events
 from tasks.storage import FULL, REFUSED
@@ -42,8 +42,17 @@ class ChildStopped(RuntimeError):
         self.saved = saved
 
 
-def run_child(module: str, arguments: list[str], on_event: Callable[[dict[str, Any]], None], *, stopped_status: int | None = None) -> None:
+def run_child(
+    module: str,
+    arguments: list[str],
+    on_event: Callable[[dict[str, Any]], None],
+    *,
+    stopped_status: int | None = None,
+    on_start: Callable[[IO[str]], None] | None = None,
+) -> None:
     """Runs `python -m module arguments` and passes each JSON object it prints to `on_event`.
+
+    on_start: takes the child's standard input, for a child that is told more while it runs.
 
     Raises:
         ChildFailed: with the message of its `{"event": "error"}` line, or its last words on standard error; also where it hung
@@ -55,6 +64,7 @@ def run_child(module: str, arguments: list[str], on_event: Callable[[dict[str, A
         # A session of its own: Ctrl-C in the terminal reaches the flow alone, which then asks the child once.
         process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
+            stdin=None if on_start is None else subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
@@ -66,6 +76,8 @@ def run_child(module: str, arguments: list[str], on_event: Callable[[dict[str, A
         try:
             if _stopping.is_set():
                 process.send_signal(signal.SIGTERM)
+            if on_start is not None and process.stdin is not None:
+                on_start(process.stdin)
             error = _follow(process, on_event)
         except BaseException:
             _stop(process)

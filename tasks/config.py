@@ -7,9 +7,11 @@ Used three ways: in Python, as command-line flags, and as the form of a Prefect 
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from model.config import LlamaConfig
 from model.config_base import Config, runtime
@@ -25,6 +27,41 @@ class ExportConfig(Config):
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Number format of the exported weights.")
 
 
+# The tasks that Marin evaluates base models by, with the examples each is asked after.
+CORE_TASKS = (
+    *("agieval_lsat_ar:3", "arc_easy:10", "arc_challenge:10", "boolq:10", "commonsense_qa:10", "copa:0", "hellaswag:0", "hellaswag:10"),
+    *("lambada_openai:0", "openbookqa:0", "piqa:10", "wsc273:0", "winogrande:0"),
+)
+
+
+class EvalHarnessConfig(Config):
+    """Tasks of lm-eval that checkpoints are evaluated by, beside the run. They change nothing of what is trained."""
+
+    tasks: tuple[str, ...] = Field(
+        default=(), description="Names, with the number of examples before each question where it matters (piqa:10); `core`: CORE_TASKS."
+    )
+    steps: int = Field(default=10_000, ge=1, description="Evaluate the checkpoint of every so many steps, and the last one.")
+    limit: int | None = Field(default=None, ge=1, description="So many documents of each task at most; for trying out.")
+    task_dir: Path | None = Field(default=None, description="A directory of task files (YAML) of your own.")
+
+    @field_validator("tasks")
+    @classmethod
+    def _check_tasks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        tasks = tuple(dict.fromkeys(each for name in value for each in (CORE_TASKS if name == "core" else (name,))))
+        for name in tasks:
+            if not re.fullmatch(r"[^:\s]+(:\d{1,3})?", name):
+                raise ValueError(f"eval_harness.tasks has {name!r}: write NAME or NAME:EXAMPLES, such as piqa:10")
+        return tasks
+
+    def by_num_fewshot(self) -> dict[int | None, tuple[str, ...]]:
+        """The names of the tasks by the number of examples; None: as each task says itself."""
+        groups: dict[int | None, tuple[str, ...]] = {}
+        for name, _, shots in (task.partition(":") for task in self.tasks):
+            number = int(shots) if shots else None
+            groups[number] = (*groups.get(number, ()), name)
+        return groups
+
+
 class RunConfig(Config):
     """One run, complete. Two runs whose identity fields are equal are the same run."""
 
@@ -36,6 +73,7 @@ class RunConfig(Config):
     data: Mixture
     tokenize: TokenizeConfig = runtime(TokenizeConfig(), description="Where and how wide tokenization runs.")
     export: ExportConfig = ExportConfig()
+    eval_harness: EvalHarnessConfig = runtime(EvalHarnessConfig(), description="Tasks of lm-eval for checkpoints, beside the run.")
     track: tuple[TrackerName, ...] = runtime((), description="Trackers besides metrics.jsonl; offline without an account.")
     tags: tuple[str, ...] = runtime((), description="Tags for the trackers.")
     pool: str | None = runtime(None, description="Work pool that trains, for example one of type `tpu`. Unset: this machine, in this run.")

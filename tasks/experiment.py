@@ -10,7 +10,7 @@ from typing import Any
 from model.config import LlamaConfig
 from model.trackers import TrackerName
 from model.train_config import SimpleTrainConfig
-from tasks.config import ExportConfig, RunConfig
+from tasks.config import EvalHarnessConfig, ExportConfig, RunConfig
 from tasks.datasets import Mixture
 from tasks.places import Place, place_of
 from tasks.presets import preset as preset_run
@@ -26,13 +26,22 @@ def default_train(
     train_config: SimpleTrainConfig,
     tags: Sequence[str] = (),
     track: Sequence[TrackerName] = (),
+    eval_harness: EvalHarnessConfig | None = None,
 ) -> RunConfig:
     """Declares one run. Nothing is downloaded, tokenized or trained until `executor_main` is given it.
 
     Raises:
         ValueError: two parts of the configuration contradict each other.
     """
-    return RunConfig(name=name, model=model_config, train=train_config, data=tokenized, tags=tuple(tags), track=tuple(track))
+    return RunConfig(
+        name=name,
+        model=model_config,
+        train=train_config,
+        data=tokenized,
+        tags=tuple(tags),
+        track=tuple(track),
+        eval_harness=eval_harness or EvalHarnessConfig(),
+    )
 
 
 def resolve_run(
@@ -44,6 +53,7 @@ def resolve_run(
     data: Mixture | None = None,
     tokenize: TokenizeConfig | None = None,
     export: ExportConfig | None = None,
+    eval_harness: EvalHarnessConfig | None = None,
     track: Sequence[TrackerName] | None = None,
     tags: Sequence[str] | None = None,
     pool: str | None = None,
@@ -64,6 +74,7 @@ def resolve_run(
         data=data or base.data,
         tokenize=tokenize or base.tokenize,
         export=export or base.export,
+        eval_harness=eval_harness or base.eval_harness,
         track=base.track if track is None else tuple(track),
         tags=base.tags if tags is None else tuple(tags),
         pool=pool or base.pool,

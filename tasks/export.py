@@ -5,19 +5,24 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from model.durable import write_json
+from model.durable import write_durably, write_json
 from tasks.artifacts import Artifact
 from tasks.bucket_runs import fetch_mixture
 from tasks.caching import StepOutput, step_task
+from tasks.chat import TEMPLATE_FILE
 from tasks.children import run_child
 from tasks.config import ExportConfig
+from tasks.data_steps import TfdsTask, Tokenization
+from tasks.mixture_config import Chat
+from tasks.model_card import CARD, model_card
 from tasks.places import ObjectPath
+from tasks.readers.chat_template import DEFAULT_TEMPLATE
 from tasks.steps import Step
 from tasks.training import training_job
 
 
 def export_body(step: Step, directory: Path, inputs: tuple[Artifact, ...]) -> StepOutput:
-    """Writes config.json, safetensors and the tokenizer from the checkpoint in `inputs[0]`, trained on the mixture `inputs[1]`.
+    """Writes config.json, safetensors, the tokenizer and a card, from the checkpoint in `inputs[0]`, trained on the mixture `inputs[1]`.
 
     Raises:
         ChildFailed: the checkpoint is damaged, or the disk is full.
@@ -32,7 +37,18 @@ def export_body(step: Step, directory: Path, inputs: tuple[Artifact, ...]) -> St
         job_file = Path(place) / "job.json"
         write_json(job_file, job.model_dump(mode="json"))
         run_child("model.export", [str(job_file), str(directory.absolute()), config.dtype], lambda event: None)
+    if (template := chat_template_of(step.upstream[0])) is not None:
+        write_durably(directory / TEMPLATE_FILE, template.encode())
+    write_durably(directory / CARD, model_card(step, checkpoint, directory).encode())
     return StepOutput(stats={"dtype": config.dtype})
+
+
+def chat_template_of(training: Step) -> str | None:
+    """The template of the conversations that a model was trained on; None where it saw none, or of several templates."""
+    tokens = (step.config for step in training.upstream[0].upstream if step.kind == "tokens")
+    readings = (config.reading for config in tokens if isinstance(config, Tokenization | TfdsTask))
+    templates = {reading.answers.template or DEFAULT_TEMPLATE for reading in readings if isinstance(reading.answers, Chat)}
+    return templates.pop() if len(templates) == 1 else None
 
 
 export_hf = step_task(description="Export to Hugging Face format")(export_body)

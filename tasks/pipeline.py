@@ -43,7 +43,14 @@ def run_steps(config: RunConfig) -> RunSteps:
         ),
         upstream=(data.mixture,),
     )
-    export = Step(kind="hf", name=config.name, config=config.export, upstream=(training, data.mixture), subdirectory_of=training)
+    export = Step(
+        kind="hf",
+        name=config.name,
+        config=config.export,
+        upstream=(training, data.mixture),
+        code_version="2",
+        subdirectory_of=training,
+    )
     return RunSteps(data, training, export)
 
 

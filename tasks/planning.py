@@ -23,6 +23,7 @@ from tasks.artifacts import check_writable, read_manifest
 from tasks.config import RunConfig, TrainingStep, beside_fields
 from tasks.data_plan import PlannedComponent, bytes_to_fetch, planned_data, tokens_to_write
 from tasks.datasets import check_sources
+from tasks.eval_harness import check_eval_harness
 from tasks.pipeline import label, matching, run_steps
 from tasks.places import Place, place_of, working_directory
 from tasks.steps import Step
@@ -144,6 +145,7 @@ def check_run(config: RunConfig, root: Place) -> None:
     if (why := not_exportable(config.data.tokenizer) or hf_architectures.not_exportable(config.model)) is not None:
         raise ValueError(f"the model could not be exported: {why}")
     check_trackers(config.track)
+    check_eval_harness(config)
     model = config.model.with_vocab(vocabulary_size(config.data.tokenizer))
     check_tensor_split(model, config.train.tensor_parallel_size)
     if config.train.accelerator_type is None and (devices := local_device_count()) is not None:

@@ -11,9 +11,13 @@ from prefect.artifacts import create_image_artifact, create_link_artifact, creat
 from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext, get_run_context
 from prefect.logging import get_run_logger
+from prefect.utilities.urls import url_for
 
 from tasks.artifacts import Artifact
+from tasks.experiment_record import launch_record, record_markdown
+from tasks.json_files import write_text
 from tasks.planning import Plan, component_rows, plan_lines, plan_rows
+from tasks.run_page import PAGE, write_run_page
 from tasks.summary import RunSummary
 
 
@@ -27,6 +31,29 @@ def publish_plan(plan: Plan) -> None:
     data = "\n".join("| " + " | ".join(row) + " |" for row in component_rows(plan))
     tables = f"| dataset | share | tokens | epochs |\n|---|---|---|---|\n{data}\n\n| step | action | why |\n|---|---|---|\n{rows}"
     _keep(lambda: create_markdown_artifact(f"{numbers}\n\n{tables}", key="plan", description="Plan"))
+
+
+def publish_record(plan: Plan, description: str) -> None:
+    """Writes the record of the experiment, and keeps it as an artifact of the flow run; nothing where the plan trains nothing.
+
+    Raises:
+        StorageError: the root cannot be written.
+    """
+    written = launch_record(plan, description, _this_flow_run())
+    if written is None:
+        return
+    place, record = written
+    get_run_logger().info("the experiment's record is %s", place)
+    _keep(lambda: create_markdown_artifact(record_markdown(place, record), key="experiment-record", description="Experiment record"))
+
+
+def _this_flow_run() -> dict[str, str]:
+    """`id`, `name` and, where a UI shows it, `url` of the flow run."""
+    run = get_run_context()
+    if not isinstance(run, FlowRunContext) or run.flow_run is None:
+        return {}
+    url = url_for("flow-run", obj_id=run.flow_run.id)
+    return {"id": str(run.flow_run.id), "name": run.flow_run.name, **({"url": url} if url else {})}
 
 
 def publish_summary(plan: Plan, artifacts: list[Artifact]) -> None:
@@ -46,6 +73,30 @@ def publish_summary(plan: Plan, artifacts: list[Artifact]) -> None:
     _keep(lambda: create_markdown_artifact(samples, key="samples", description=f"Samples of {name}"))
     _keep(lambda: create_link_artifact(link, link_text=str(place), key="checkpoint", description="Checkpoint"))
     _keep(lambda: create_markdown_artifact(summary.markdown(), key="run-summary", description=f"Summary of {name}"))
+
+
+def publish_evaluations(plan: Plan, rows: list[dict[str, Any]]) -> None:
+    """Keeps the numbers of lm-eval as a table of the flow run; nothing where there are none."""
+    if not rows:
+        return
+    for name, value in rows[-1].items():
+        get_run_logger().info("%s %s", name, value)
+    _keep(lambda: create_table_artifact(rows, key="evaluations", description=f"lm-eval on {plan.config.name}"))
+
+
+def publish_report(artifacts: list[Artifact]) -> None:
+    """Writes the page of the run that is among the artifacts, beside it; nothing where none is. A page that fails is told."""
+    summary = RunSummary.of(artifacts)
+    if summary is None:
+        return
+    try:
+        page = write_run_page(summary.directory)
+        if not isinstance(summary.place, Path):
+            write_text(summary.place / PAGE, page.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        get_run_logger().warning("the run's report was not written: %s", error)
+        return
+    get_run_logger().info("the run's report is %s", summary.place / PAGE)
 
 
 def _thin(rows: list[dict[str, Any]], most: int = 200) -> list[dict[str, Any]]:

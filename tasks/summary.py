@@ -50,9 +50,7 @@ class RunSummary:
 
     def held_out(self) -> list[tuple[str, float | str | None, float | str | None]]:
         """`(component or tag, nats per token, bits per byte)` of the last evaluation, all components together first."""
-        names = [key.split("/")[1] for key in self.final if key.startswith("eval/") and key.count("/") == 2 and key.endswith("/loss")]
-        together = [("all", self.final.get("eval/loss"), self.final.get("eval/bpb"))] if "eval/loss" in self.final else []
-        return together + [(name, self.final.get(f"eval/{name}/loss"), self.final.get(f"eval/{name}/bpb")) for name in names]
+        return held_out_rows(self.final)
 
     def headline(self) -> str:
         """One line: the losses, with the unigram entropy beside them."""
@@ -73,6 +71,7 @@ class RunSummary:
             ("loss curve", self.place / "loss.png"),
             ("loss curve, interactive", self.place / "loss.html"),
             ("samples", self.place / "samples.jsonl"),
+            ("report", self.place / "report.html"),
         ]
         return places + ([("Hugging Face directory", self.hf_place)] if self.hf_place else [])
 
@@ -87,6 +86,13 @@ class RunSummary:
             f"| trained on | tokens | epochs |\n|---|---|---|\n{read}\n\n"
             f"## Samples\n\n{samples}\n\n## Where everything lies\n\n{places}\n"
         )
+
+
+def held_out_rows(final: dict[str, Any]) -> list[tuple[str, float | str | None, float | str | None]]:
+    """`(component or tag, nats per token, bits per byte)` of the last values of the curves, all components together first."""
+    names = [key.split("/")[1] for key in final if key.startswith("eval/") and key.count("/") == 2 and key.endswith("/loss")]
+    together = [("all", final.get("eval/loss"), final.get("eval/bpb"))] if "eval/loss" in final else []
+    return together + [(name, final.get(f"eval/{name}/loss"), final.get(f"eval/{name}/bpb")) for name in names]
 
 
 def four_digits(value: float | str | None) -> str:

@@ -28,6 +28,7 @@ DEFAULT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' }}"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '\\n' }}{% endgeneration %}"
     "{% else %}{{ message['content'] + '\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
 _REMEDY = "put {% generation %} and {% endgeneration %} around what the assistant says in answers.template, or leave it out for plain text"
 _OPEN, _CLOSE = "generation_begins_here", "generation_ends_here"
@@ -76,7 +77,7 @@ def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, s
 
 
 @lru_cache(maxsize=16)
-def _compiled(source: str) -> tuple[Any, tuple[str, ...]]:
+def _compiled(source: str, *, for_training: bool = True) -> tuple[Any, tuple[str, ...]]:
     """The template, and the strings that are written in it. Raises DataError, see check_template."""
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = _tojson
@@ -86,7 +87,7 @@ def _compiled(source: str) -> tuple[Any, tuple[str, ...]]:
         template = environment.from_string(source)
     except TemplateSyntaxError as error:
         raise DataError(f"answers.template line {error.lineno} is no Jinja ({error.message}); correct it") from None
-    if not any(name.name == _OPEN for name in tree.find_all(nodes.Name)):
+    if for_training and not any(name.name == _OPEN for name in tree.find_all(nodes.Name)):
         raise DataError(f"answers.template does not say which part the assistant has to learn; {_REMEDY}")
     strings = tuple(sorted({constant.value for constant in tree.find_all(nodes.Const) if isinstance(constant.value, str)}))
     return template, strings
@@ -146,13 +147,21 @@ def _check_role(role: str, controls: Sequence[str]) -> None:
 
 
 def render_conversation(
-    messages: Sequence[Mapping[str, str]], template: str | None, special_tokens: Mapping[str, int], bos_id: int | None, eos_id: int
+    messages: Sequence[Mapping[str, str]],
+    template: str | None,
+    special_tokens: Mapping[str, int],
+    bos_id: int | None,
+    eos_id: int,
+    *,
+    for_training: bool = True,
+    add_generation_prompt: bool = False,
 ) -> list[Piece]:
     """The conversation as the template writes it, in pieces, none empty, neighbouring texts apart where learning begins or ends.
 
-    messages: {"role", "content"} each. Raises DataError for the template, UnusableConversation for the conversation.
+    messages: {"role", "content"} each. for_training: the template has to say what is learned. add_generation_prompt: end with what
+    the assistant's next answer begins after. Raises DataError for the template, UnusableConversation for the conversation.
     """
-    compiled, strings = _compiled(DEFAULT_TEMPLATE if template is None else template)
+    compiled, strings = _compiled(DEFAULT_TEMPLATE if template is None else template, for_training=for_training)
     controls = tuple(sorted((text for text in special_tokens if text), key=lambda text: (-len(text), text)))
     words = [message[part] for message in messages for part in ("role", "content")]
     marks = _Marks("".join((*words, *strings, *controls, template or "")))
@@ -167,7 +176,11 @@ def render_conversation(
     ]
     try:
         text = compiled.render(
-            messages=shown, bos_token=bos, eos_token=eos, add_generation_prompt=False, **{_OPEN: marks.open, _CLOSE: marks.close}
+            messages=shown,
+            bos_token=bos,
+            eos_token=eos,
+            add_generation_prompt=add_generation_prompt,
+            **{_OPEN: marks.open, _CLOSE: marks.close},
         )
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
         raise UnusableConversation(

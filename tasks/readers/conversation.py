@@ -67,6 +67,12 @@ def _with_ends(pieces: list[Piece], vocabulary: AnswerVocabulary) -> list[Piece]
         pieces = pieces[: written[-1] + 1]
     else:
         pieces = [*pieces, Piece("", eos_id, bool(pieces) and pieces[-1].is_learned)]
+    return with_beginning(pieces, bos_id)
+
+
+def with_beginning(pieces: list[Piece], bos_id: int | None) -> list[Piece]:
+    """The pieces with BOS first, where there is one: the template's own, or else one put there."""
+    written = [index for index, piece in enumerate(pieces) if piece.token is not None]
     if bos_id is None:
         return pieces
     if written and pieces[written[0]].token == bos_id and _is_blank(pieces[: written[0]]):

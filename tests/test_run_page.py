@@ -1,0 +1,151 @@
+"""The page of a run: what it shows of a finished run, of an unfinished one and of what went wrong, and that it needs no other machine."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.command_line import run_command
+from model.durable import write_json
+from model.jumps import skip_data
+from tasks.config import EvalHarnessConfig
+from tasks.obligations import Ledger
+from tasks.run_page import PAGE, page_values, seconds_in_steps, write_run_page
+from tasks.trainer_child import JOB_FILE, OUTCOME_FILE
+
+LOADING = frozenset(("src", "href", "srcset", "action", "data", "poster", "background", "formaction", "xlink:href"))
+
+
+class Page(HTMLParser):
+    """The tags of a page, what they load, and its text outside of scripts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.tags: list[str] = []
+        self.policy = ""
+        self.text = ""
+        self._inside = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._inside = tag
+        self.tags.append(tag)
+        self.loads += [value or "" for name, value in attrs if name in LOADING]
+        if dict(attrs).get("http-equiv") == "Content-Security-Policy":
+            self.policy = dict(attrs).get("content") or ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside not in ("script", "style"):
+            self.text += data
+
+
+def made_run(root: Path, *, steps: int = 20, finished: bool = True) -> Path:
+    run = root / "checkpoints" / "mine-0123456789abcdef"
+    run.mkdir(parents=True)
+    write_json(run / JOB_FILE, {"name": "mine", "model": {"hidden_dim": 32}, "train": {"num_train_steps": 20}, "track": [], "tags": []})
+    rows: list[dict[str, Any]] = [
+        {
+            "step": step,
+            "train/loss": 5 - step / 10,
+            "grad/norm/total": 1.0,
+            "throughput/duration": 2.0,
+            "throughput/tokens_per_second": 100.0,
+            "throughput/total_tokens": 200.0 * step,
+            "throughput/mfu": 0.4,
+            "goodput": 0.9,
+            "optim/skipped_step": float(step == 10),
+        }
+        for step in range(5, steps + 1, 5)
+    ]
+    rows[-1] |= {"eval/loss": 3.25, "eval/bpb": 1.5, "eval/plays/loss": 3.25, "eval/plays/bpb": 1.5}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "samples.jsonl").write_text(json.dumps({"step": steps, "prompt": "To be", "text": "To be <script>alert(1)</script>"}) + "\n")
+    if finished:
+        write_json(run / OUTCOME_FILE, {"step": 20, "final": rows[-1], "components": {"plays": {"tokens": 4000.0, "epochs": 1.25}}})
+    record = {
+        "description": "does it learn?",
+        "plan": {"tokens": 4000, "seconds": 80.0},
+        "config": {"name": "mine", "train": {"learning_rate": 0.003}},
+        "code": {"commit": "abc123", "dirty": True},
+        "steps": [{"step": "checkpoints/mine", "fingerprint": "0123456789abcdef" * 4}],
+        "links": {"artifacts": str(run)},
+        "launches": [{"at": "2026-01-01T00:00:00Z", "flow_run": {}}, {"at": "2026-01-02T00:00:00Z", "flow_run": {"name": "second"}}],
+    }
+    (root / "experiments").mkdir()
+    write_json(root / "experiments" / "mine-0123456789abcdef.json", record)
+    return run
+
+
+def test_a_page_shows_the_run_and_what_went_wrong(tmp_path: Path) -> None:
+    run = made_run(tmp_path)
+    skip_data(run, 10, 64, "loss nan")
+    (run / "checkpoints" / "damaged-15-123").mkdir(parents=True)
+    ledger = Ledger(run)
+    ledger.owe([10, 20], EvalHarnessConfig(tasks=("piqa",)))
+    ledger.met(ledger.due[0], {"lm_eval/piqa/acc": 0.625})
+    ledger.failed(ledger.due[0], "no such task")
+    values = page_values(run)
+    assert ("time in steps", "1 min 20 s", "40 s") in values["comparison"]
+    assert ("tokens", "4k", "4k") in values["comparison"]
+    assert ("tokens a second", "50", "100") in values["comparison"]
+    assert values["components"] == [("plays", "4k", "1.25")]
+    assert values["held_out"] == [("all", "3.2500", "1.5000"), ("plays", "3.2500", "1.5000")]
+    assert values["evaluations"] == [(10, "lm_eval/piqa/acc", "0.625")]
+    assert values["incidents"] == [
+        ("started again", "2026-01-02T00:00:00Z", "second"),
+        ("rolled back", "step 10", "64 rows of data left out: loss nan"),
+        ("checkpoint damaged", "step 15", "set aside as damaged-15-123"),
+        ("step skipped", "step 10", "loss 4.0, gradient norm 1.0"),
+        ("evaluation owed", "step 20", "no such task"),
+    ]
+    page = Page(write_run_page(run).read_text(encoding="utf-8"))
+    for shown in (
+        "finished, train loss 3.0000",
+        "does it learn?",
+        "abc123, with changes",
+        '"learning_rate": 0.003',
+        "set aside as damaged-15-123",
+    ):
+        assert shown in page.text
+    assert len(values["figures"]) == 4
+
+
+def test_a_page_opens_offline(tmp_path: Path) -> None:
+    text = write_run_page(made_run(tmp_path)).read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.loads == [], "everything is in the page"
+    assert not {"link", "iframe", "object", "embed", "base"} & set(page.tags)
+    assert page.policy.startswith("default-src 'none'"), "a browser asks nobody for anything"
+    assert "http" not in page.policy
+    assert "https://" not in page.text
+    assert "http://" not in page.text
+    assert text.count("Plotly.newPlot(") >= 4
+    assert "<script>alert(1)</script>" not in text, "what a model says is text"
+
+
+def test_a_run_that_still_goes_has_a_page_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = made_run(tmp_path, steps=10, finished=False)
+    assert run_command(["report", str(run)]) == 0
+    assert capsys.readouterr().out.strip() == str(run / PAGE)
+    assert "at step 10 of 20" in Page((run / PAGE).read_text(encoding="utf-8")).text
+    (run / "metrics.jsonl").unlink()
+    (run / "samples.jsonl").unlink()
+    (tmp_path / "experiments" / "mine-0123456789abcdef.json").unlink()
+    write_run_page(run)
+    assert "no step was logged yet" in (run / PAGE).read_text(encoding="utf-8")
+
+
+def test_where_there_is_no_run_there_is_no_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["report", str(tmp_path)]) == 2
+    assert "holds no run: give the directory of one" in capsys.readouterr().err
+
+
+def test_steps_between_two_logged_ones_count_and_others_do_not() -> None:
+    rows = [{"step": 1, "throughput/duration": 4.0}, {"step": 10, "throughput/duration": 1.0}, {"step": 10, "eval/loss": 3.0}]
+    assert seconds_in_steps(rows) == 4.0 + 9.0
+    assert seconds_in_steps([]) == 0.0
