@@ -39,13 +39,13 @@ from tasks.sweep_report import publish_table
 from tasks.sweep_table import SweepTable, outcome_of
 from tasks.places import place_of
 
-__all__ = ["Span", "Sweep", "sweep_llama", "sweep_main"]
+__all__ = ["ArmsFailed", "Span", "Sweep", "sweep_llama"]
 
 MOST_AT_ONCE = 32
 _TASK_RUNNER: Any = ThreadPoolTaskRunner(max_workers=MOST_AT_ONCE + DATA_STEPS_AT_ONCE)
 
 
-class ArmsFailed(RuntimeError):
+class ArmsFailed(ValueError):
     """Some arms of a sweep failed; `table` has all that came out."""
 
     def __init__(self, table: SweepTable) -> None:
@@ -137,10 +137,3 @@ def run_sweep(planned: PlannedSweep, max_concurrent: int) -> SweepTable:
     if any(row.state == "failed" for row in table.rows):
         raise ArmsFailed(table)
     return table
-
-
-def sweep_main(sweep: Sweep, description: str = "") -> None:
-    """Runs a declared sweep, with the flags of the command line."""
-    from flows.sweep_command import run_declared
-
-    sys.exit(run_declared(sweep, description))

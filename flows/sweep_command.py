@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import signal
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import tyro
 from rich.console import Console
@@ -61,10 +61,10 @@ def run_command(arguments: list[str]) -> int:
     return named_errors(lambda: _run(_parse(Arguments(config=preset(chosen)), rest, f"sweep.py {chosen}", ""), None))
 
 
-def run_declared(sweep: Sweep, description: str) -> int:
-    """Runs a sweep that was declared in Python, with the flags of this command line; returns the exit status."""
+def sweep_main(sweep: Sweep, description: str = "") -> NoReturn:
+    """Runs a sweep that an experiment's file declares, with the flags of this command line, and exits with its status."""
     default = Arguments(config=sweep.base, random=sweep.draws, seed=sweep.seed)
-    return named_errors(lambda: _run(_parse(default, sys.argv[1:], sweep.base.name, description), sweep))
+    sys.exit(named_errors(lambda: _run(_parse(default, sys.argv[1:], sweep.base.name, description), sweep)))
 
 
 def _parse(default: Arguments, arguments: list[str], prog: str, description: str) -> Arguments:

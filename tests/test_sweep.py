@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from flows import sweep_schedule
+from flows.sweep import sweep_llama
 from flows.sweep_schedule import RunSchedule
 from tasks.pipeline import label
 from tasks.planning import Plan, plan_run
@@ -19,7 +20,7 @@ from tasks.steps import Step
 from tasks.sweep_budget import Budget
 from tasks.sweep_config import Sweep, parse_grid
 from tasks.sweep_plan import plan_sweep
-from tests.test_command_line import CHECKOUT, run
+from tests.test_command_line import CHECKOUT, HEAVY, run
 
 BASE = preset("debug")
 WORDS = ["train.learning_rate=1e-3,3e-3", "train.num_train_steps=100,200"]
@@ -174,3 +175,21 @@ def test_the_command_plans_and_refuses(tmp_path: Path) -> None:
     assert refused.stderr.strip() == (
         "error: train.learning_rat: SimpleTrainConfig has no field 'learning_rat' (did you mean 'train.learning_rate'?)"
     )
+
+
+def test_an_experiments_file_declares_one_without_anything_heavy(tmp_path: Path) -> None:
+    script = CHECKOUT / "flows" / "experiments" / "exp5_learning_rate_sweep.py"
+    done = run("--plan", "--train.num-train-steps", "50", root=tmp_path, script=script, PYTHONPROFILEIMPORTTIME="1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    imported = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert not imported & {*HEAVY, "prefect", "scipy"}
+    assert "6 of 6" in done.stdout
+    assert "rates-learning_rate-0.01-weight_decay-0.01" in done.stdout
+    assert "307k in all" in done.stdout  # 6 arms x 50 steps x 8 x 128
+
+
+def test_the_form_in_the_ui() -> None:
+    properties = sweep_llama.parameters.properties
+    assert sweep_llama.name == "sweep-llama"
+    assert all(field.get("description") for field in properties.values())
+    assert properties["max_concurrent"]["minimum"] == 1
