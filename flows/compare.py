@@ -44,7 +44,7 @@ def compare_llama(runs: list[str], fit: bool = False, law: LawName = "auto", out
     """
     comparison = Comparison.of(runs, fit=fit, law=law)
     columns, lines = comparison.table()
-    keep(lambda: create_table_artifact([dict(zip(columns, line, strict=True)) for line in lines], key="comparison", description="Runs"))
+    keep(lambda: create_table_artifact([dict(zip(columns, line, strict=True)) for line in lines], key="compared-runs", description="Runs"))
     for line in comparison.law_lines():
         get_run_logger().info(line)
     with tempfile.TemporaryDirectory() as place:

@@ -15,6 +15,7 @@ from model.flops import num_parameters
 from model.job import TrainingJob
 from model.metrics import read_json_lines
 from model.mixture_store import MixtureTokenizer
+from tasks import objects
 from tasks.artifact_store import artifact_store
 from tasks.artifacts import Artifact, brought_here, read_manifest
 from tasks.formatting import flops, number
@@ -153,6 +154,9 @@ def _bucket_places(word: str) -> list[Place]:
             raise ValueError(f"{word}: in a bucket only the last part can be a pattern")
         return [each for each in artifact_store(place_of(start)).children() if fnmatch.fnmatchcase(each.name, pattern)]
     place = ObjectPath.parse(word)
+    if place.parent.name == "sweeps":
+        value = json.loads(objects.read(place / SWEEP)[0])
+        return [place_of(row["place"]) for row in value["rows"]]
     if artifact_store(place).has_manifest():
         return [place]
     return artifact_store(place if place.name == RUNS else place / RUNS).children()

@@ -9,18 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.testing.utilities import prefect_test_harness
 
 from flows.compare import compare_llama
 from model.comparison_plots import AXES, points
 from model.config import LlamaConfig
 from model.job import TrainingJob
 from model.train_config import SimpleTrainConfig
+from tasks import objects
 from tasks.artifacts import commit
 from tasks.compared_runs import differing_fields, find_runs, table
 from tasks.comparison import Comparison
 from tasks.datasets import shakespeare_mixture
 from tasks.experiment import default_train
 from tasks.pipeline import run_steps
+from tasks.places import ObjectPath, Place, working_directory
+from tasks.sweep_report import publish_table
+from tasks.sweep_table import ArmRow, SweepTable
+from tests.object_store import BUCKET, object_store, use_store
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 MODEL = LlamaConfig(seq_len=64, hidden_dim=32, intermediate_dim=64, num_layers=1, num_heads=2, num_kv_heads=1)
@@ -43,18 +51,20 @@ def rows(steps: int, loss: float) -> list[dict[str, Any]]:
     return found
 
 
-def write_run(root: Path, name: str, *, steps: int = 4, loss: float = 2.0, finished: bool = True, **changes: Any) -> Path:
+def write_run(root: Place, name: str, *, steps: int = 4, loss: float = 2.0, finished: bool = True, **changes: Any) -> Place:
     """A run as the training step leaves it, or as it is in the middle."""
     train = SimpleTrainConfig(**{"train_batch_size": 4, "num_train_steps": steps, "learning_rate": 1e-3, **changes})
     step = run_steps(default_train(name, shakespeare_mixture(), MODEL, train)).training
-    directory = Path(str(step.directory(root)))
+    place = step.directory(root)
+    directory = working_directory(place)
     directory.mkdir(parents=True)
     (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(steps, loss)))
-    job = TrainingJob(name=name, fingerprint=step.fingerprint, directory=directory, mixture=root / "mixtures/x-0", model=MODEL, train=train)
+    mixture = directory.parent / "x-0"
+    job = TrainingJob(name=name, fingerprint=step.fingerprint, directory=directory, mixture=mixture, model=MODEL, train=train)
     (directory / ".job.json").write_text(job.model_dump_json())
     if finished:
-        commit(directory, step, files=[directory / "metrics.jsonl"], stats={"step": steps, "num_parameters": 12_345, "final": {}})
-    return directory
+        commit(place, step, files=[directory / "metrics.jsonl"], stats={"step": steps, "num_parameters": 12_345, "final": {}})
+    return place
 
 
 @pytest.fixture
@@ -127,6 +137,59 @@ def test_plots_and_numbers_are_written_and_open_offline(root: Path, tmp_path: Pa
     assert [run["name"] for run in numbers["runs"]] == ["ladder-0", "ladder-1", "ladder-2"]
     assert numbers["scaling_law"]["law"] == "compute"
     assert comparison.law_lines()[0].startswith("law: L = ")
+
+
+def test_finished_runs_in_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_LLAMA_CACHE", str(tmp_path / "here"))
+    with object_store() as url:
+        use_store(monkeypatch, url)
+        bucket = ObjectPath(BUCKET, "team")
+        place = write_run(bucket, "far", steps=2)
+        write_run(bucket, "farther", steps=2, seed=1)
+        objects.write(bucket / "sweeps/far-0/sweep.json", json.dumps({"rows": [{"place": str(place)}]}).encode(), generation=None)
+        monkeypatch.setenv("PREFECT_LLAMA_CACHE", str(tmp_path / "elsewhere"))
+        words = {str(place): ["far"], str(bucket): ["far", "farther"], f"{bucket}/checkpoints/farth*": ["farther"]}
+        words[f"{bucket}/sweeps/far-0"] = ["far"]
+        for word, names in words.items():
+            runs = find_runs([word])
+            assert [run.name for run in runs] == names, word
+            assert runs[0].tokens == 200.0
+        with pytest.raises(ValueError, match="no run with a loss here"):
+            find_runs([f"{bucket}/checkpoints/x*"])
+
+
+@pytest.mark.slow
+def test_the_artifacts_of_the_flows(root: Path, tmp_path: Path) -> None:
+    for number, steps in enumerate((5, 6, 8)):
+        write_run(root, f"ladder-{number}", steps=steps, loss=2 + 10 / steps)
+    rows = [ArmRow(name="a", values={"train.seed": "1"}, fingerprint="f", place="p", state="finished", outcome={"eval/loss": 2.0})]
+
+    @flow
+    def publish() -> None:
+        publish_table(SweepTable(name="Mine", place="p", rows=rows))
+
+    with prefect_test_harness(server_startup_timeout=120):
+        publish()
+        files = compare_llama([f"{root}/checkpoints/ladder-*"], fit=True, out=str(tmp_path / "out"))
+        with get_client(sync_client=True) as client:
+            artifacts = {each.key: str(each.data) for each in client.read_artifacts()}
+    assert len(files) == 5
+    expected = {
+        "compared-runs",
+        "comparison",
+        "comparison-page",
+        "scaling-law",
+        "scaling-law-page",
+        "scaling-law-numbers",
+        "sweep-mine",
+        "sweep-mine-summary",
+    }
+    assert expected <= artifacts.keys()
+    assert "ladder-1" in artifacts["compared-runs"]
+    for key in ("comparison", "scaling-law"):
+        assert artifacts[key].startswith("data:image/png;base64,")
+    assert "root mean square error" in artifacts["scaling-law-numbers"]
+    assert '"held-out loss": "2.0000"' in artifacts["sweep-mine"]
 
 
 def test_the_command(root: Path) -> None:
