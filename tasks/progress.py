@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import cast
+from typing import Any, cast
 from uuid import UUID
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
@@ -36,26 +36,27 @@ class _Amount(ProgressColumn):
         return Text(f"{show(task.completed)}{of}" + (f", {show(speed)}/s" if speed else ""))
 
 
-class _SharedDisplay:
-    """The live display of this process: there while at least one step uses it."""
+class SharedDisplay:
+    """One live display for the steps of this process that run side by side: there while at least one of them uses it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *columns: Callable[[], ProgressColumn]) -> None:
+        """`columns` make those of the display, which is made anew when it was gone."""
+        self._columns = columns
         self._lock = threading.Lock()
         self._progress: Progress | None = None
         self._users = 0
 
-    def add(self, label: str, total: int | None, show: Callable[[float], str]) -> tuple[Progress, TaskID] | None:
-        """A bar, or None where there is no terminal."""
+    def add(self, label: str, total: int | None, completed: int = 0, **fields: Any) -> tuple[Progress, TaskID] | None:
+        """A bar with the fields that the columns show, or None where there is no terminal."""
         console = Console(stderr=True)
         if not console.is_terminal:
             return None
         with self._lock:
             if self._progress is None:
-                columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), _Amount())
-                self._progress = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console)
+                self._progress = Progress(*(column() for column in self._columns), console=console)
                 self._progress.start()
             self._users += 1
-            return self._progress, self._progress.add_task(label, total=total, note="", show=show)
+            return self._progress, self._progress.add_task(label, total=total, completed=completed, **fields)
 
     def remove(self) -> None:
         """Ends the display with its last user."""
@@ -66,7 +67,17 @@ class _SharedDisplay:
                 self._progress = None
 
 
-_display = _SharedDisplay()
+def description_column() -> ProgressColumn:
+    """What a bar is of."""
+    return TextColumn("{task.description}")
+
+
+def wide_bar() -> ProgressColumn:
+    """The bar itself, over the width that is left."""
+    return BarColumn(bar_width=None)
+
+
+_display = SharedDisplay(description_column, wide_bar, _Amount, TimeRemainingColumn, lambda: TextColumn("{task.fields[note]}"))
 
 
 class StepProgress:
@@ -85,7 +96,7 @@ class StepProgress:
         self._lock = threading.Lock()
 
     def __enter__(self) -> StepProgress:
-        self._bar = _display.add(self._label, self._total, self._show)
+        self._bar = _display.add(self._label, self._total, note="", show=self._show)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

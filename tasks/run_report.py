@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from tasks.artifacts import Artifact
 from tasks.experiment_record import launch_record, record_markdown
 from tasks.json_files import write_text
 from tasks.planning import Plan, component_rows, plan_lines, plan_rows
+from tasks.prefect_artifacts import image_url, keep
 from tasks.run_page import PAGE, write_run_page
 from tasks.summary import RunSummary
 
@@ -27,10 +26,10 @@ def publish_plan(plan: Plan) -> None:
     get_run_logger().info("%d step(s) reused, %d to run, artifacts below %s", actions.count("reuse"), actions.count("run"), plan.root)
     rows = "\n".join(f"| {name} | {action} | {why} |" for name, action, why in plan_rows(plan))
     numbers = "\n".join(f"- {line}" for line in plan_lines(plan))
-    _keep(lambda: _tag_flow_run(["train-llama", f"run:{plan.config.name}", *plan.config.tags]))
+    keep(lambda: _tag_flow_run(["train-llama", f"run:{plan.config.name}", *plan.config.tags]))
     data = "\n".join("| " + " | ".join(row) + " |" for row in component_rows(plan))
     tables = f"| dataset | share | tokens | epochs |\n|---|---|---|---|\n{data}\n\n| step | action | why |\n|---|---|---|\n{rows}"
-    _keep(lambda: create_markdown_artifact(f"{numbers}\n\n{tables}", key="plan", description="Plan"))
+    keep(lambda: create_markdown_artifact(f"{numbers}\n\n{tables}", key="plan", description="Plan"))
 
 
 def publish_record(plan: Plan, description: str) -> None:
@@ -44,7 +43,7 @@ def publish_record(plan: Plan, description: str) -> None:
         return
     place, record = written
     get_run_logger().info("the experiment's record is %s", place)
-    _keep(lambda: create_markdown_artifact(record_markdown(place, record), key="experiment-record", description="Experiment record"))
+    keep(lambda: create_markdown_artifact(record_markdown(place, record), key="experiment-record", description="Experiment record"))
 
 
 def _this_flow_run() -> dict[str, str]:
@@ -65,14 +64,14 @@ def publish_summary(plan: Plan, artifacts: list[Artifact]) -> None:
     name, rows = plan.config.name, summary.rows()
     table = [{key: row.get(key, "") for key in ("step", "train/loss", "eval/loss", "eval/bpb")} for row in rows]
     samples = "\n\n".join(f"**{sample['prompt']}**\n\n```\n{sample['text']}\n```" for sample in summary.samples) or "no samples"
-    image = "data:image/png;base64," + base64.b64encode((summary.directory / "loss.png").read_bytes()).decode()
+    image = image_url(summary.directory / "loss.png")
     place = summary.place
     link = place.as_uri() if isinstance(place, Path) else place.console_url
-    _keep(lambda: create_table_artifact(_thin(table), key="train-metrics", description=f"Metrics of {name}"))
-    _keep(lambda: create_image_artifact(image, key="loss-curve", description=f"Loss of {name}"))
-    _keep(lambda: create_markdown_artifact(samples, key="samples", description=f"Samples of {name}"))
-    _keep(lambda: create_link_artifact(link, link_text=str(place), key="checkpoint", description="Checkpoint"))
-    _keep(lambda: create_markdown_artifact(summary.markdown(), key="run-summary", description=f"Summary of {name}"))
+    keep(lambda: create_table_artifact(_thin(table), key="train-metrics", description=f"Metrics of {name}"))
+    keep(lambda: create_image_artifact(image, key="loss-curve", description=f"Loss of {name}"))
+    keep(lambda: create_markdown_artifact(samples, key="samples", description=f"Samples of {name}"))
+    keep(lambda: create_link_artifact(link, link_text=str(place), key="checkpoint", description="Checkpoint"))
+    keep(lambda: create_markdown_artifact(summary.markdown(), key="run-summary", description=f"Summary of {name}"))
 
 
 def publish_evaluations(plan: Plan, rows: list[dict[str, Any]]) -> None:
@@ -81,7 +80,7 @@ def publish_evaluations(plan: Plan, rows: list[dict[str, Any]]) -> None:
         return
     for name, value in rows[-1].items():
         get_run_logger().info("%s %s", name, value)
-    _keep(lambda: create_table_artifact(rows, key="evaluations", description=f"lm-eval on {plan.config.name}"))
+    keep(lambda: create_table_artifact(rows, key="evaluations", description=f"lm-eval on {plan.config.name}"))
 
 
 def publish_report(artifacts: list[Artifact]) -> None:
@@ -111,10 +110,3 @@ def _tag_flow_run(tags: list[str]) -> None:
     if isinstance(run, FlowRunContext) and run.flow_run is not None:
         with get_client(sync_client=True) as client:
             client.update_flow_run(run.flow_run.id, tags=sorted({*run.flow_run.tags, *tags}))
-
-
-def _keep(create: Callable[[], Any]) -> None:
-    try:
-        create()
-    except Exception as error:
-        get_run_logger().warning("the Prefect API does not take artifacts (%s); the run goes on", error)

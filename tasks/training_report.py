@@ -13,14 +13,21 @@ from uuid import UUID
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.logging import get_run_logger
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import Progress, TaskID, TextColumn
 
 from model.job import TrainingJob
 from tasks.formatting import duration, number
+from tasks.progress import SharedDisplay, description_column, wide_bar
 
 UI_SECONDS = 5.0
 LOG_SECONDS = 1.0  # at most one log line in so much time
+
+_display = SharedDisplay(
+    description_column,
+    wide_bar,
+    lambda: TextColumn("step {task.completed:.0f}/{task.total:.0f}  loss {task.fields[loss]}"),
+    lambda: TextColumn("{task.fields[speed]} tok/s  {task.fields[left]} left"),
+)
 
 
 class TrainingReport:
@@ -31,7 +38,6 @@ class TrainingReport:
         self.step = 0
         self._job = job
         self._log = get_run_logger()
-        self._console = Console(stderr=True)
         self._bar: Progress | None = None
         self._bar_task = TaskID(0)
         self._progress_id: UUID | None = None
@@ -45,7 +51,7 @@ class TrainingReport:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            _display.remove()
 
     def on_event(self, event: dict[str, Any]) -> None:
         """Shows one event of the trainer."""
@@ -92,23 +98,11 @@ class TrainingReport:
     def _start_bar(self) -> None:
         if self._bar is not None:  # it went back to a checkpoint
             self._bar.update(self._bar_task, completed=self.step)
-        elif self._console.is_terminal:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=None),
-                TextColumn("step {task.completed:.0f}/{task.total:.0f}  loss {task.fields[loss]}"),
-                TextColumn("{task.fields[speed]} tok/s  {task.fields[left]} left"),
-            )
-            self._bar = Progress(*columns, console=self._console, transient=False)
-            self._bar_task = self._bar.add_task(
-                f"train {self._job.name}",
-                total=self._job.train.num_train_steps,
-                completed=self.step,
-                loss="-",
-                speed="-",
-                left="?",
-            )
-            self._bar.start()
+            return
+        label, total = f"train {self._job.name}", self._job.train.num_train_steps
+        shown = _display.add(label, total, self.step, loss="-", speed="-", left="?")
+        if shown is not None:
+            self._bar, self._bar_task = shown
 
     def _on_progress(self, event: dict[str, Any]) -> None:
         self.step = event["step"]

@@ -28,9 +28,16 @@ class MainJob:
     """One run in a process group of its own, as a terminal starts it; standard output and error go to one file."""
 
     def __init__(
-        self, root: Path, home: Path, *arguments: str, logs: Path | None = None, place: str | None = None, **environment: str
+        self,
+        root: Path,
+        home: Path,
+        *arguments: str,
+        logs: Path | None = None,
+        place: str | None = None,
+        script: Path = CHECKOUT / "flows" / "train.py",
+        **environment: str,
     ) -> None:
-        """`place`: where artifacts lie, if that is not the directory `root`."""
+        """`place`: where artifacts lie, if that is not the directory `root`. `script`: another than flows/train.py."""
         self.root = root
         self.log = (logs or root.parent) / f"{root.name}-{time.monotonic_ns()}.log"
         variables = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "XLA_"))}
@@ -43,7 +50,7 @@ class MainJob:
             **environment,
         }
         # The same cores in every run: float sums come out in the same order.
-        command = ["taskset", "-c", "0,1", sys.executable, str(CHECKOUT / "flows" / "train.py"), "--root", place or str(root)]
+        command = ["taskset", "-c", "0,1", sys.executable, str(script), "--root", place or str(root)]
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
                 [*command, *SMALL, *arguments],

@@ -15,11 +15,14 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 HEAVY = ("jax", "tensorflow", "seqio", "flax", "orbax", "matplotlib", "plotly", "transformers", "torch")
 
 
-def run(*arguments: str, root: Path, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`python flows/train.py ...` with artifacts below `root`."""
+TRAIN = CHECKOUT / "flows" / "train.py"
+
+
+def run(*arguments: str, root: Path, cwd: Path | None = None, script: Path = TRAIN, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python flows/train.py ...`, or another script, with artifacts below `root`."""
     variables = {key: value for key, value in os.environ.items() if key != "PREFECT_API_URL"}
     variables |= {"XLA_FLAGS": xla_flags(), "PREFECT_LLAMA_ROOT": str(root), "NO_COLOR": "1", "COLUMNS": "200", **environment}
-    command = [sys.executable, str(CHECKOUT / "flows" / "train.py"), *arguments]
+    command = [sys.executable, str(script), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=variables, cwd=cwd or root, timeout=120)
 
 
