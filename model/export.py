@@ -32,7 +32,7 @@ def export(job: TrainingJob, directory: Path, dtype: Literal["float32", "bfloat1
     )
     field = "params" if job.train.ema_beta is None else "ema_params"
     params = restore_params(job.checkpoints / str(job.train.num_train_steps), abstract, field=field)
-    save_hf(directory, config, params, tokenizer.path, dtype=dtype)
+    save_hf(directory, config, params, tokenizer.path, dtype=dtype, generation_eos_token_ids=job.train.hf_generation_eos_token_ids)
 
 
 def main(arguments: list[str]) -> int:

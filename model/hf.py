@@ -9,7 +9,7 @@ It is a Llama, Mistral, Qwen 2 or Qwen 3 there, by what it has (`model.hf_archit
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import ml_dtypes
@@ -35,6 +35,7 @@ def save_hf(
     *,
     max_shard_bytes: int = 2_000_000_000,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    generation_eos_token_ids: tuple[int, ...] | None = None,
 ) -> None:
     """Writes a directory that `transformers` loads with `from_pretrained`.
 
@@ -48,6 +49,7 @@ def save_hf(
         tokenizer: a tokenizer directory, or a bare tokenizer file, written in the forms transformers and others read.
         max_shard_bytes: largest weights file; about twice as much host memory is used.
         dtype: how the weights are stored; anything but float32 rounds them.
+        generation_eos_token_ids: what ends a generated text, in generation_config.json; None: the tokenizer's EOS.
 
     Raises:
         ValueError: the parameters or the Hugging Face format do not fit the configuration, or an argument is out of range.
@@ -76,7 +78,10 @@ def save_hf(
         write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
     if exported is not None:
         exported.write(directory)
-    write_json(directory / "generation_config.json", {f"{name}_token_id": i for name, i in special._asdict().items() if i is not None})
+    generation: dict[str, Any] = {f"{name}_token_id": i for name, i in special._asdict().items() if i is not None}
+    if generation_eos_token_ids is not None:
+        generation["eos_token_id"] = list(generation_eos_token_ids)
+    write_json(directory / "generation_config.json", generation)
     write_json(directory / CONFIG_FILE, described)
 
 

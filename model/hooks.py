@@ -46,6 +46,8 @@ def make_hooks(trainer: Trainer) -> list[Hook]:
     names = trainer.mixture.validation_names()
     # What fits the devices in training fits them in evaluation. Every process reads whole batches; each device takes its rows.
     rows = trainer.batch.rows_at_once
+    if train.per_device_eval_parallelism != -1:
+        rows = rows // trainer.batch.per_device * train.per_device_eval_parallelism
     # Cut off in rows: how many of them a device takes at once must not change what is scored.
     few = None if train.max_eval_batches is None else train.max_eval_batches * train.batch_schedule.largest
     held_out = [EvalBatches(trainer.mixture, name, seq_len=trainer.seq_len, batch_size=rows, max_rows=few) for name in names]

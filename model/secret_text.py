@@ -18,9 +18,14 @@ _FORMS = re.compile(
 _SHORTEST = 8  # what is shorter is no secret, and its letters stand in other words
 
 
+def is_secret_name(name: str) -> bool:
+    """Whether an environment variable of this name is taken to hold a secret."""
+    return _SECRET_NAME.search(name.upper()) is not None
+
+
 def without_secrets(text: str) -> str:
     """`text` without the values of secret-looking environment variables, credentials inside addresses, and what has a token's form."""
-    secrets = [value for name, value in os.environ.items() if len(value) >= _SHORTEST and _SECRET_NAME.search(name.upper())]
+    secrets = [value for name, value in os.environ.items() if len(value) >= _SHORTEST and is_secret_name(name)]
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
     return _FORMS.sub(HIDDEN, _IN_ADDRESS.sub(HIDDEN, text))

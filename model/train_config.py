@@ -10,6 +10,7 @@ from model.batch_schedule import BatchSchedule, BatchSize
 from model.config import LONGEST, LlamaConfig, QuantizedDtype
 from model.config_base import Config, nearest, runtime
 from model.cycles import cycles_of
+from model.guide_fields import taken_over
 from model.optimizer_config import (
     AdafactorConfig,
     LionConfig,
@@ -20,6 +21,7 @@ from model.optimizer_config import (
     SophiaConfig,
     check_effects,
 )
+from model.secret_text import is_secret_name
 
 NEWEST_CHECKPOINTS = 2  # kept whatever their steps are: if the last one is damaged, there is one before it
 
@@ -133,6 +135,10 @@ class SimpleTrainConfig(Config):
     per_device_parallelism: int = runtime(
         -1, ge=-1, description="Sequences per device at once; fewer than the batch needs means gradient accumulation. -1: all at once."
     )
+    per_device_eval_parallelism: int = runtime(
+        -1, ge=-1, description="Sequences per device at once in evaluation; -1: as many as in training."
+    )
+    env_vars: dict[str, str] = runtime({}, description="Environment of the training processes, for example LIBTPU_INIT_ARGS; no secrets.")
     compiler_options: dict[str, str] = runtime({}, description="XLA options by name; `python -m model.preflight` finds those that pay.")
     steps_per_eval: int = runtime(1000, ge=1, description="Evaluate on the held-out split every so many steps, and at the end.")
     max_eval_batches: int | None = Field(
@@ -141,6 +147,9 @@ class SimpleTrainConfig(Config):
     steps_per_export: int = runtime(10_000, ge=1, description="Keep a checkpoint every so many steps, and the last one.")
     minutes_per_checkpoint: float | None = runtime(
         10.0, gt=0, description="Save this long after the last save too; of these the newest two stay. Unset: never by the clock."
+    )
+    hf_generation_eos_token_ids: tuple[int, ...] | None = runtime(
+        None, description="Ids that end a generated text, in the export's generation_config.json; unset: the tokenizer's EOS."
     )
     max_checkpoints: int | None = runtime(None, ge=1, description="Of the checkpoints to keep, the newest so many; unset keeps all.")
     max_rollbacks: int = runtime(
@@ -158,6 +167,21 @@ class SimpleTrainConfig(Config):
     profiler: bool = runtime(False, description="Trace some steps with jax.profiler, into `profile/` of the run's directory.")
     profiler_start_step: int = runtime(5, ge=1, description="Steps of this process before the trace: compiling is not traced.")
     profiler_num_steps: int = runtime(100, ge=1, description="Steps that are traced.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_over(cls, data: Any) -> Any:
+        return taken_over(data) if isinstance(data, dict) else data
+
+    @field_validator("env_vars")
+    @classmethod
+    def _no_secrets(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in filter(is_secret_name, value):
+            raise ValueError(
+                f"train.env_vars[{name!r}] looks like a secret, which would be kept with the run's parameters: set it in the environment "
+                "of the process or the worker that trains"
+            )
+        return value
 
     @field_validator("optimizer", "lr_schedule", mode="before")
     @classmethod
@@ -184,8 +208,9 @@ class SimpleTrainConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> SimpleTrainConfig:
-        if self.per_device_parallelism == 0:
-            raise ValueError("train.per_device_parallelism=0: give the sequences per device, or -1 for the whole batch at once")
+        for field in ("per_device_parallelism", "per_device_eval_parallelism"):
+            if getattr(self, field) == 0:
+                raise ValueError(f"train.{field}=0: give the sequences per device, or -1 for the whole batch at once")
         check_effects(self)
         check_beginning(self)
         if (last := self.batch_schedule.stages[-1]).start >= self.num_train_steps:

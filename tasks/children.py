@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import IO, Any
 
 from model.child import HUNG, child_environment, events
@@ -49,8 +49,9 @@ def run_child(
     *,
     stopped_status: int | None = None,
     on_start: Callable[[IO[str]], None] | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> None:
-    """Runs `python -m module arguments` and passes each JSON object it prints to `on_event`.
+    """Runs `python -m module arguments` and passes each JSON object it prints to `on_event`. `variables` are added to its environment.
 
     on_start: takes the child's standard input, for a child that is told more while it runs.
 
@@ -68,7 +69,7 @@ def run_child(
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
-            env=child_environment(),
+            env={**child_environment(), **(variables or {})},
             start_new_session=True,
         )
         with _lock:

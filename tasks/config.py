@@ -25,6 +25,9 @@ class ExportConfig(Config):
     """The Hugging Face directory made from the last checkpoint."""
 
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Number format of the exported weights.")
+    generation_eos_token_ids: tuple[int, ...] | None = Field(
+        default=None, description="Ids that end a generated text; unset: train.hf_generation_eos_token_ids, else the tokenizer's EOS."
+    )
 
 
 # The tasks that Marin evaluates base models by, with the examples each is asked after.

@@ -35,7 +35,8 @@ def export_body(step: Step, directory: Path, inputs: tuple[Artifact, ...]) -> St
         fetch_mixture(ObjectPath.parse(job.mixture_bucket), tokens=False)
     with tempfile.TemporaryDirectory() as place:  # the exported directory is for others: nothing of ours in it
         job_file = Path(place) / "job.json"
-        write_json(job_file, job.model_dump(mode="json"))
+        train = job.train.model_copy(update={"hf_generation_eos_token_ids": config.generation_eos_token_ids})
+        write_json(job_file, job.model_copy(update={"train": train}).model_dump(mode="json"))
         run_child("model.export", [str(job_file), str(directory.absolute()), config.dtype], lambda event: None)
     if (template := chat_template_of(step.upstream[0])) is not None:
         write_durably(directory / TEMPLATE_FILE, template.encode())

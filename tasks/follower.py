@@ -23,7 +23,8 @@ def main(job_file: Path) -> int:
     except (ValueError, OSError) as error:
         emit_error(error)
         return 1
-    os.execv(sys.executable, [sys.executable, "-m", "model.training_process", str(job_file)])  # noqa: S606
+    command = [sys.executable, "-m", "model.training_process", str(job_file)]
+    os.execve(sys.executable, command, {**os.environ, **job.train.env_vars})  # noqa: S606
 
 
 if __name__ == "__main__":

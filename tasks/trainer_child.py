@@ -57,7 +57,7 @@ def run_trainer(job: TrainingJob) -> None:
 
     try:
         with report:
-            run_child("model.training_process", [str(job_file)], on_event, stopped_status=STOPPED)
+            run_child("model.training_process", [str(job_file)], on_event, stopped_status=STOPPED, variables=job.train.env_vars)
     except ChildStopped as stopped:
         raise ChildStopped(
             f"training {job.name} was stopped {_where(job, report, stopped.saved)}: run the same command again to continue"
