@@ -6,8 +6,9 @@ from collections.abc import Callable
 from enum import StrEnum
 
 from model.config_base import nearest
-from model.presets import MODELS
+from model.presets import MODELS, SLICES, job_named
 from model.train_config import SimpleTrainConfig
+from tasks.catalogue import dclm_mixture_config_llama3
 from tasks.config import RunConfig
 from tasks.datasets import shakespeare_mixture
 
@@ -17,6 +18,21 @@ class Preset(StrEnum):
 
     DEBUG = "debug"
     TINY = "tiny"
+    M15 = "15m"
+    M75 = "75m"
+    M150 = "150m"
+    M300 = "300m"
+    M600 = "600m"
+    B1_4 = "1.4b"
+    B1_9 = "1.9b"
+    LLAMA_3_2_1B = "3.2-1b"
+    B3_5 = "3.5b"
+    B8 = "8b"
+    B13 = "13b"
+    B32 = "32b"
+    B70 = "70b"
+    DCLM_1B_1X = "dclm-1b-1x"
+    DCLM_7B_1X = "dclm-7b-1x"
 
 
 def _debug() -> RunConfig:
@@ -58,7 +74,15 @@ def _tiny() -> RunConfig:
     return RunConfig(name="tiny", model=MODELS["tiny"], train=train, data=shakespeare_mixture())
 
 
-_PRESETS: dict[Preset, Callable[[], RunConfig]] = {Preset.DEBUG: _debug, Preset.TINY: _tiny}
+def _on_slices(name: str) -> RunConfig:
+    """A job of `model.presets` on its slices, with the data of DataComp-LM and the tokenizer of Llama 3."""
+    job = job_named(name)
+    accelerator, count = SLICES[job.name]
+    train = SimpleTrainConfig(**{**dict(job.train), "accelerator_type": accelerator, "slice_count": count})
+    return RunConfig(name=name, model=MODELS[job.name], train=train, data=dclm_mixture_config_llama3)
+
+
+_ON_THIS_MACHINE: dict[Preset, Callable[[], RunConfig]] = {Preset.DEBUG: _debug, Preset.TINY: _tiny}
 
 
 def preset(name: str) -> RunConfig:
@@ -70,4 +94,5 @@ def preset(name: str) -> RunConfig:
     names = [entry.value for entry in Preset]
     if name not in names:
         raise ValueError(f"unknown preset {name!r}{nearest(name, names)}; the presets are {', '.join(names)}")
-    return _PRESETS[Preset(name)]()
+    made = _ON_THIS_MACHINE.get(Preset(name))
+    return _on_slices(name) if made is None else made()
