@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from tasks.sources import SourceFile, list_files
 from tasks.sources.local_files import is_local
 from tasks.steps import Step
 from tasks.tokenize_config import TokenizeConfig
+from tasks.unlisted import stand_in
 from tasks.vocabularies import BytePairTraining, ByteTokenizer, SentencePieceTraining, TokenizerFile, TokenizerTraining
 from tasks.vocabulary_file import inspect_tokenizer
 
@@ -94,13 +96,15 @@ class DataSteps:
     tags: dict[str, tuple[str, ...]]
 
 
-def mixture_steps(mixture: Mixture, execution: TokenizeConfig | None = None) -> DataSteps:
+def mixture_steps(mixture: Mixture, execution: TokenizeConfig | None = None, *, unlisted: Collection[str] = ()) -> DataSteps:
     """The steps that make a mixture, with their inputs. Reads every local source file once, to identify it by content; lists others.
+
+    unlisted: datasets whose files are not asked for, by name: one file of the declared size stands for them, good for a plan only.
 
     Raises DataError where a source matches no file or cannot be read, or the tokenizer file is not usable.
     """
     mixture = expanded(mixture)
-    downloads = {dataset.name: _download_step(dataset) for dataset in mixture.datasets if dataset.has_files}
+    downloads = {dataset.name: _download_step(dataset, dataset.name in unlisted) for dataset in mixture.datasets if dataset.has_files}
     tokenizer = _tokenizer_step(mixture, downloads)
     modules = {dataset.seqio_module for dataset in mixture.datasets if dataset.seqio_module is not None}
     digests = {module: module_digest(module) for module in modules}
@@ -156,9 +160,9 @@ def expanded(mixture: Mixture) -> Mixture:
     return Mixture(**{**{name: getattr(mixture, name) for name in Mixture.model_fields}, **changed})
 
 
-def _download_step(dataset: Dataset) -> Step:
+def _download_step(dataset: Dataset, unlisted: bool) -> Step:
     config = RawFiles(
-        files=list_files(dataset),
+        files=(stand_in(dataset),) if unlisted else list_files(dataset),
         revision=dataset.revision,
         licence=dataset.licence,
         homepage=dataset.homepage,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from tasks.catalogue import (
     catalogue,
     dclm_baseline,
@@ -21,6 +23,7 @@ from tasks.catalogue import (
     slimpajama_627b,
     starcoderdata,
 )
+from tasks.experiment_data import default_download, default_tokenize, interpolate_mixture_configs, lm_mixture_data_config
 from tasks.mixture_config import Chat, Dataset, Mixture, PromptCompletion, Reading, SimulatedEpoching, WeightsFrom, check_name
 from tasks.sources import DataError, check_files
 from tasks.vocabularies import (
@@ -56,12 +59,16 @@ __all__ = [
     "check_sources",
     "dclm_baseline",
     "dclm_mixture_config_llama3",
+    "default_download",
+    "default_tokenize",
     "dolma",
     "dolma_parts",
     "dolma_weights",
     "fineweb",
     "fineweb_edu",
+    "interpolate_mixture_configs",
     "llama3_tokenizer",
+    "lm_mixture_data_config",
     "nemotron_cc",
     "nemotron_cc_parts",
     "nemotron_cc_weights",
@@ -110,14 +117,16 @@ def own_text_mixture(sources: tuple[str, ...], tokenizer: Tokenizer, reading: Re
     return Mixture(name="text", datasets=(Dataset(name="text", source=sources, **fields),), weights={"text": 1.0}, tokenizer=tokenizer)
 
 
-def check_sources(mixture: Mixture) -> None:
+def check_sources(mixture: Mixture, *, unlisted: Collection[str] = ()) -> None:
     """Everything about the mixture's sources that can be known to fail before work starts. Reads one byte of each local file.
+
+    unlisted: datasets by name whose files are not asked for.
 
     Raises DataError naming the dataset or the tokenizer, the file and the remedy: a source that matches nothing, a file
     that is empty or cannot be read, a name that says test data or a format that is not read, a tokenizer that is none or lacks EOS.
     """
     for dataset in mixture.datasets:
-        if dataset.has_files:
+        if dataset.has_files and dataset.name not in unlisted:
             from tasks.readers.text_reader import resolved_format  # its decoders are loaded where there are files
 
             for name in check_files(dataset, trained=mixture.is_trained(dataset.name)):

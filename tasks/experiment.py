@@ -5,43 +5,85 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from model.config import LlamaConfig
 from model.trackers import TrackerName
 from model.train_config import SimpleTrainConfig
 from tasks.config import EvalHarnessConfig, ExportConfig, RunConfig
-from tasks.datasets import Mixture
+from tasks.experiment_data import TokenizedDataset, as_mixture, with_default_validation
+from tasks.mixture_config import Mixture, SimulatedEpoching
 from tasks.places import Place, place_of
 from tasks.presets import preset as preset_run
 from tasks.tokenize_config import TokenizeConfig
+
+T = TypeVar("T")
 
 TRAIN_SCALARS = ("num_train_steps", "train_batch_size", "learning_rate", "seed")
 
 
 def default_train(
     name: str,
-    tokenized: Mixture,
+    tokenized: Mixture | TokenizedDataset,
     model_config: LlamaConfig,
     train_config: SimpleTrainConfig,
     tags: Sequence[str] = (),
+    use_default_validation: bool | None = None,
+    eval_harness_tasks: Sequence[str] = (),
     track: Sequence[TrackerName] = (),
     eval_harness: EvalHarnessConfig | None = None,
 ) -> RunConfig:
     """Declares one run. Nothing is downloaded, tokenized or trained until `executor_main` is given it.
 
+    Args:
+        tokenized: a mixture, or one dataset with its tokenizer (`default_tokenize`).
+        use_default_validation: evaluate on the sets of Paloma too. None: where all that is trained on has to be downloaded too.
+        eval_harness_tasks: tasks of lm-eval for checkpoints, beside the run (`core`, or names such as `piqa:10`).
+        track: trackers besides metrics.jsonl.
+        eval_harness: the same with all its settings.
+
     Raises:
         ValueError: two parts of the configuration contradict each other.
     """
+    if eval_harness_tasks and eval_harness is not None:
+        raise ValueError(f"eval_harness_tasks={list(eval_harness_tasks)!r} and eval_harness say the same: leave one out")
     return RunConfig(
         name=name,
         model=model_config,
         train=train_config,
-        data=tokenized,
+        data=with_default_validation(as_mixture(tokenized), use_default_validation),
         tags=tuple(tags),
         track=tuple(track),
-        eval_harness=eval_harness or EvalHarnessConfig(),
+        eval_harness=eval_harness or EvalHarnessConfig(tasks=tuple(eval_harness_tasks)),
     )
+
+
+def simulated_epoching_train(
+    name: str,
+    tokenized: Mixture | TokenizedDataset,
+    model_config: LlamaConfig,
+    train_config: SimpleTrainConfig,
+    target_budget: int,
+    tags: Sequence[str] = (),
+    use_default_validation: bool | None = None,
+    eval_harness_tasks: Sequence[str] = (),
+) -> RunConfig:
+    """As `default_train`, with each dataset cut so that this run repeats it as often as one of `target_budget` tokens would.
+
+    Raises:
+        ValueError: the target is shorter than this run, or as `default_train`.
+    """
+    mixture = as_mixture(tokenized)
+    tokens = train_config.num_train_rows * train_config.seq_len_for(model_config)
+    if tokens > target_budget:
+        raise ValueError(f"target_budget={target_budget} is below the {tokens} tokens of this run, which stands for a longer one: raise it")
+    simulated = mixture.model_copy(update={"simulated_epoching": SimulatedEpoching(experiment_tokens=tokens, target_tokens=target_budget)})
+    return default_train(name, simulated, model_config, train_config, tags, use_default_validation, eval_harness_tasks)
+
+
+def versioned(value: T) -> T:
+    """`value` itself. In the guide it says that a value is part of a step's identity, which everything is here."""
+    return value
 
 
 def resolve_run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from tasks.config import RunConfig, TrainingStep
@@ -25,9 +26,9 @@ class RunSteps:
         return in_dependency_order((self.export,))
 
 
-def run_steps(config: RunConfig) -> RunSteps:
-    """The steps of a run. Reads the sources' content digests, downloads and computes nothing."""
-    data = mixture_steps(config.data, config.tokenize)
+def run_steps(config: RunConfig, *, unlisted: Collection[str] = ()) -> RunSteps:
+    """The steps of a run. Reads the sources' content digests, downloads and computes nothing. `unlisted` is that of `mixture_steps`."""
+    data = mixture_steps(config.data, config.tokenize, unlisted=unlisted)
     pinned, digest = pin_initial_weights(config.train)
     training = Step(
         kind="checkpoints",
@@ -43,10 +44,13 @@ def run_steps(config: RunConfig) -> RunSteps:
         ),
         upstream=(data.mixture,),
     )
+    chosen = config.export
+    if chosen.generation_eos_token_ids is None and config.train.hf_generation_eos_token_ids is not None:
+        chosen = chosen.model_copy(update={"generation_eos_token_ids": config.train.hf_generation_eos_token_ids})
     export = Step(
         kind="hf",
         name=config.name,
-        config=config.export,
+        config=chosen,
         upstream=(training, data.mixture),
         code_version="2",
         subdirectory_of=training,
@@ -66,6 +70,18 @@ def in_dependency_order(targets: tuple[Step, ...]) -> tuple[Step, ...]:
     for target in targets:
         visit(target)
     return tuple(ordered.values())
+
+
+class StepsFailed(RuntimeError):
+    """Steps of a run failed, and others were left because they need them; those that need neither went on."""
+
+    def __init__(self, failed: Mapping[str, Exception], left: Sequence[str]) -> None:
+        """`failed`: what each raised, by label, the first one first. `left`: labels."""
+        self.failed, self.left = dict(failed), tuple(left)
+        texts = [str(error) for error in failed.values()]
+        others = [f"also {name}: {text}" for name, text in list(zip(failed, texts, strict=True))[1:] if text != texts[0]]
+        because = [f"not run, because they need {'them' if len(failed) > 1 else 'it'}: {', '.join(left)}"] if left else []
+        super().__init__("\n".join([texts[0], *others, *because]))
 
 
 def label(step: Step) -> str:

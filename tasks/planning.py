@@ -9,7 +9,7 @@ import glob
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,6 +27,7 @@ from tasks.eval_harness import check_eval_harness
 from tasks.pipeline import label, matching, run_steps
 from tasks.places import Place, place_of, working_directory
 from tasks.steps import Step
+from tasks.unlisted import depending, not_listed, unlisted_datasets
 from tasks.vocabulary_file import not_exportable, vocabulary_size
 
 # What a float32 training step of a small model reached on one core of a recent x86 server. Only the order of magnitude is
@@ -86,10 +87,12 @@ def trains(steps: Iterable[PlannedStep]) -> bool:
     return any(planned.action == "run" and planned.step.kind == "checkpoints" for planned in steps)
 
 
-def plan_run(config: RunConfig, root: str | Place, *, only: str | None = None, force: tuple[str, ...] = ()) -> Plan:
+def plan_run(config: RunConfig, root: str | Place, *, only: str | None = None, force: tuple[str, ...] = (), to_read: bool = False) -> Plan:
     """The plan of a run.
 
     Args:
+        to_read: the plan is to be read, not run: a dataset whose server does not answer is planned from its declared size, and a disk
+            that is too small is a warning.
         only: regular expression on `kind/name`; just the steps it finds, and what they need, take part.
         force: regular expressions on `kind/name`; the steps they find run although they are there.
 
@@ -97,14 +100,16 @@ def plan_run(config: RunConfig, root: str | Place, *, only: str | None = None, f
         ValueError: something about the configuration, the sources or the place to write cannot work; says what to change.
     """
     root = place_of(root)
-    check_run(config, root)
-    run = run_steps(config)
+    unlisted = unlisted_datasets(config.data) if to_read else {}
+    check_run(config, root, unlisted)
+    run = run_steps(config, unlisted=unlisted)
     steps = run.all
     wanted = steps if only is None else _with_inputs(matching(steps, only, "--only"))
     forced = {step.fingerprint for pattern in force for step in matching(steps, pattern, "--force")}
     # What lies inside a directory that is emptied is made again too.
     forced |= {step.fingerprint for step in steps if step.subdirectory_of is not None and step.subdirectory_of.fingerprint in forced}
-    planned = tuple(_plan_step(step, root, step in wanted, step.fingerprint in forced) for step in steps)
+    unknown = depending(steps, unlisted)
+    planned = tuple(_plan_step(step, root, step in wanted, step.fingerprint in forced, step in unknown) for step in steps)
 
     vocab_size = vocabulary_size(config.data.tokenizer)
     model = config.model.with_vocab(vocab_size)
@@ -114,9 +119,8 @@ def plan_run(config: RunConfig, root: str | Place, *, only: str | None = None, f
     fetch_bytes = bytes_to_fetch(run.data, root)
     id_bytes = 2 if vocab_size <= 1 << 16 else 4
     token_bytes = tokens_to_write(run.data, root, config.data.tokenizer) * id_bytes
-    space = _check_space(
-        root, checkpoint_bytes(config, model) if trains(planned) and isinstance(root, Path) else 0, fetch_bytes, token_bytes
-    )
+    kept_bytes = checkpoint_bytes(config, model) if trains(planned) and isinstance(root, Path) else 0
+    space = _check_space(root, kept_bytes, fetch_bytes, token_bytes, refuse=not to_read)
     data = planned_data(config, run.data, root)
     return Plan(
         config=config,
@@ -131,17 +135,17 @@ def plan_run(config: RunConfig, root: str | Place, *, only: str | None = None, f
         checkpoint_bytes=checkpoint_bytes(config, model),
         components=data.components,
         fetch_bytes=fetch_bytes,
-        warnings=(*data.warnings, *space),
+        warnings=(*not_listed(unlisted), *data.warnings, *space),
     )
 
 
-def check_run(config: RunConfig, root: Place) -> None:
-    """Everything that can be known to fail before work starts.
+def check_run(config: RunConfig, root: Place, unlisted: Collection[str] = ()) -> None:
+    """Everything that can be known to fail before work starts; files of the `unlisted` datasets are not looked at.
 
     Raises:
         ValueError, OSError: naming the field or place, its value, and what to do.
     """
-    check_sources(config.data)
+    check_sources(config.data, unlisted=unlisted)
     if (why := not_exportable(config.data.tokenizer) or hf_architectures.not_exportable(config.model)) is not None:
         raise ValueError(f"the model could not be exported: {why}")
     check_trackers(config.track)
@@ -158,14 +162,14 @@ def _existing_place(root: Path) -> Path:
     return next(path for path in (root, *root.parents) if path.exists())
 
 
-def _check_space(root: Place, checkpoints: int, fetch: int, tokens: int) -> list[str]:
-    """Raises ValueError where the disk has less room than checkpoints and source files need; a warning where tokens may not fit too."""
+def _check_space(root: Place, checkpoints: int, fetch: int, tokens: int, *, refuse: bool) -> list[str]:
+    """Warns where checkpoints, source files and tokens may not fit; `refuse`: raises ValueError where the first two do not."""
     needed, free = checkpoints + fetch + tokens, shutil.disk_usage(_existing_place(working_directory(root))).free
     message = (
         f"{_disk_of(root)} has {free:,} bytes free, this run needs about {needed:,}: {checkpoints:,} for checkpoints, {fetch:,} for "
         f"source files, {tokens:,} for tokens; free some space, choose another --root, or set train.max_checkpoints lower"
     )
-    if free < checkpoints + fetch:
+    if refuse and free < checkpoints + fetch:
         raise ValueError(message)
     # how many tokens there will be is only estimated
     return [message] if free < needed else []
@@ -195,9 +199,11 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _plan_step(step: Step, root: Place, wanted: bool, forced: bool) -> PlannedStep:
+def _plan_step(step: Step, root: Place, wanted: bool, forced: bool, unknown: bool) -> PlannedStep:
     if not wanted:
         return PlannedStep(step, "leave", "not asked for")
+    if unknown:
+        return PlannedStep(step, "run", "run or reused: that is known when the files can be listed")
     if forced:
         return PlannedStep(step, "run", FORCED)
     why = step.explain_miss(root)

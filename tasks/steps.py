@@ -76,9 +76,7 @@ class Step:
         newest: tuple[int, Manifest] | None = None
         for directory in self._sibling_directories(root):
             manifest = read_manifest(directory)
-            if manifest is None or (manifest.kind, manifest.name) != (self.kind, self.name):
-                continue
-            if manifest.fingerprint == self.fingerprint:
+            if manifest is None or not self._is_earlier(manifest):
                 continue
             try:
                 written = artifact_store(directory).manifest_written()
@@ -103,6 +101,9 @@ class Step:
         directory = self.directory(root)
         store = artifact_store(directory)
         if store.has_manifest():
+            # What lies inside another step's directory has no fingerprint in its path: an earlier one of it is in the same place.
+            if self.subdirectory_of is not None and (found := read_manifest(directory)) is not None and self._is_earlier(found):
+                return "; ".join(self._changes_since(found, root))
             damages = check(directory, self.fingerprint, hashes=False)
             return f"its files are damaged: {'; '.join(map(str, damages))}" if damages else ""
         if reason := store.discarded_reason():
@@ -112,6 +113,9 @@ class Step:
             reasons = self._changes_since(earlier, root)
             return "; ".join([*reasons, "continues an unfinished run"] if started else reasons)
         return "an earlier run of this step did not finish: it continues" if started else "first run of this step"
+
+    def _is_earlier(self, manifest: Manifest) -> bool:
+        return (manifest.kind, manifest.name) == (self.kind, self.name) and manifest.fingerprint != self.fingerprint
 
     def _changes_since(self, earlier: Manifest, root: str | Place) -> list[str]:
         lines = self._own_changes(earlier) + self._upstream_changes(earlier, root)

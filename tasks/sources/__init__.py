@@ -17,11 +17,12 @@ from __future__ import annotations
 
 from tasks.sources.dataset_files import check_files, find_one, list_files
 from tasks.sources.local_files import PACKAGED_TEXTS
-from tasks.sources.source_file import DataError, SourceFile, check_file_name, public_location
+from tasks.sources.source_file import DataError, NotListed, SourceFile, check_file_name, public_location
 
 __all__ = [
     "PACKAGED_TEXTS",
     "DataError",
+    "NotListed",
     "SourceFile",
     "check_file_name",
     "check_files",

@@ -118,7 +118,7 @@ def _find(dataset: Dataset) -> dict[str, Found]:
             if name not in found and name not in lists:
                 raise DataError(f"sha256 names {name!r}, which is no file of it{nearest(name, [*found, *lists])}; correct the name")
     except DataError as error:
-        raise DataError(f"dataset {dataset.name!r}: {error}") from None
+        raise type(error)(f"dataset {dataset.name!r}: {error}") from None
     return dict(sorted(found.items()))
 
 

@@ -16,7 +16,7 @@ from tasks.sources.globs import fixed_part
 from tasks.sources.http_requests import inquire, open_client
 from tasks.sources.hub_files import hub_place, list_hub
 from tasks.sources.request_limits import Unavailable, listing_requests
-from tasks.sources.source_file import DataError, Found, public_location
+from tasks.sources.source_file import DataError, Found, NotListed, public_location
 from tasks.sources.source_memory import remember_listing, remembered_listing
 
 # One plan asks for the same listing more than once.
@@ -90,7 +90,7 @@ def _answer(question: _Question, *, remember: bool = True) -> list[Found]:
         except Unavailable as error:
             found = _recall(question)
             if found is None:
-                raise DataError(f"source={source!r} cannot be listed ({error}); check the network, then run again") from None
+                raise NotListed(f"source={source!r} cannot be listed ({error}); check the network, then run again") from None
             logging.getLogger(__name__).warning("%s cannot be listed (%s); going on with what it listed last", source, error)
     if not found:
         raise DataError(f"source={source!r} matches no file; correct the pattern")

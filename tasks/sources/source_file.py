@@ -18,6 +18,10 @@ class DataError(ValueError):
     """Something about the data that the person running has to know: what, where, and what to do."""
 
 
+class NotListed(DataError):
+    """A remote source whose server does not answer, and of which nothing is remembered."""
+
+
 class SourceFile(Config):
     """One file of a dataset, identified by as much as is known of its content before it is read.
 
