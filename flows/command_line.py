@@ -7,17 +7,16 @@ Exit status: 0 the last checkpoint is committed (or the plan, the check, was goo
 from __future__ import annotations
 
 import dataclasses
-import logging
-import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, TypeVar
 
 import tyro
 from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from flows.launching import launch, prepare_prefect
 from model.batch_size_flag import batch_size_flags
 from model.config_base import nearest
 from tasks.config import RunConfig
@@ -27,6 +26,7 @@ from tasks.planning import Plan, component_rows, plan_lines, plan_rows, plan_run
 from tasks.preflight import check_accelerator, preflight, preflight_lines, refuse_what_does_not_fit
 from tasks.presets import Preset, preset
 
+A = TypeVar("A", bound="Arguments")
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -62,27 +62,15 @@ def run_command(arguments: list[str]) -> int:
         print(f"presets: {', '.join(names)}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     chosen, rest = (first, arguments[1:]) if first in names else (Preset.DEBUG.value, arguments)
-    return named_errors(lambda: _run(_parse(preset(chosen), rest, prog=f"train.py {chosen}"), chosen))
+    return named_errors(lambda: _run(parse(Arguments(config=preset(chosen)), rest, prog=f"train.py {chosen}"), chosen))
 
 
-def run_experiments(runs: list[RunConfig], description: str) -> int:
-    """Runs declared experiments one after the other, all with the flags of this command line; returns the exit status."""
-    for run in runs:  # all are checked before the first one trains
-        status = named_errors(lambda run=run: int(plan_run(run, root_place(None)) is None))
-        if status:
-            return status
-    for run in runs:
-        status = named_errors(lambda run=run: _run(_parse(run, sys.argv[1:], prog=run.name, description=description), None, description))
-        if status:
-            return status
-    return 0
-
-
-def _parse(default: RunConfig, arguments: list[str], *, prog: str, description: str = "") -> Arguments:
+def parse(default: A, arguments: list[str], *, prog: str, description: str = "") -> A:
+    """The flags of a command line over `default`. Ends the process where a flag is unknown, or help is asked for."""
     return tyro.cli(
-        Arguments,
+        type(default),
         args=arguments,
-        default=Arguments(config=default),
+        default=default,
         prog=prog,
         description=description
         or "Pretrain a Llama from raw text: `train.py [PRESET] [flags]`, or `train.py doctor|verify|adopt|rollback|push|report`.",
@@ -107,77 +95,56 @@ def named_errors(command: Callable[[], int]) -> int:
         return 2
 
 
-def _run(arguments: Arguments, preset_name: str | None, description: str = "") -> int:
+def _run(arguments: Arguments, preset_name: str | None) -> int:
     config, root = arguments.config, root_place(arguments.root)
     if arguments.text:
         config = config.model_copy(update={"data": own_text_mixture(arguments.text, config.data.tokenizer, arguments.reading)})
-    plan = plan_run(config, root, only=arguments.only, force=arguments.force)
-    _print_plan(plan)
+    plan = plan_run(config, root, only=arguments.only, force=arguments.force, to_read=arguments.plan)
+    print_plan(plan)
     if arguments.plan:
-        _print_preflight(plan)
+        print_preflight(plan)
         return 0
-    check_accelerator(config.name, plan.model, config.train, tell=_tell, pool=config.pool)
+    check_accelerator(config.name, plan.model, config.train, tell=tell, pool=config.pool)
 
-    from flows.temporary_server import use_temporary_server
-    from flows.train import train_llama
     from tasks.children import ChildStopped
     from tasks.summary import RunSummary
 
-    one_line_errors()
-    use_temporary_server()
-    # Prefect turns SIGTERM into an exception and, when the flow has ended, sends it again for the handler from before.
-    signal.signal(signal.SIGTERM, interrupt)
+    prepare_prefect()
     try:
-        artifacts = train_llama(
-            preset=Preset(preset_name or Preset.DEBUG),
-            name=config.name,
-            model=config.model,
-            train=config.train,
-            data=config.data,
-            tokenize=config.tokenize,
-            export=config.export,
-            eval_harness=config.eval_harness,
-            track=list(config.track),
-            tags=list(config.tags),
-            description=description,
-            pool=config.pool,
-            root=str(root),
-            only=arguments.only,
-            force=list(arguments.force),
-        )
+        artifacts = launch(config, str(root), arguments.only, arguments.force, preset_name=preset_name)
     except (KeyboardInterrupt, ChildStopped) as stop:
-        message = str(stop) or "everything finished so far is kept: run the same command again to continue"
-        if arguments.force:  # which would throw away what was just saved
-            message = message.replace("the same command again", "the same command again, without --force,")
-        print(f"stopped: {message}", file=sys.stderr)
+        print(f"stopped: {how_to_continue(stop, arguments.force)}", file=sys.stderr)
         return 130
     except Exception as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if (summary := RunSummary.of(artifacts)) is not None:
-        _print_summary(summary)
+        print_summary(summary)
     return 0
 
 
-def interrupt(number: int, _frame: Any) -> None:
-    """A request to stop is answered like Ctrl-C."""
-    raise KeyboardInterrupt
+def how_to_continue(stop: BaseException, force: Sequence[str]) -> str:
+    """What to tell who stopped a run."""
+    message = str(stop) or "everything finished so far is kept: run the same command again to continue"
+    # --force would throw away what was just saved
+    return message.replace("the same command again", "the same command again, without --force,") if force else message
 
 
-def _print_plan(plan: Plan) -> None:
+def print_plan(plan: Plan) -> None:
+    """The plan's numbers and tables."""
     console.print(f"[bold]{plan.config.name}[/bold]")
     for line in plan_lines(plan):
         name, _, value = line.partition(": ")
         console.print(f"  {name:<8} {value}", markup=False)
-    _print_table(("dataset", "share", "tokens", "epochs"), component_rows(plan))
-    _print_table(("step", "", "why"), plan_rows(plan))
+    print_table(("dataset", "share", "tokens", "epochs"), component_rows(plan))
+    print_table(("step", "", "why"), plan_rows(plan))
 
 
-def _print_preflight(plan: Plan) -> None:
+def print_preflight(plan: Plan) -> None:
     """What the TPU compiler says of the run, where it asks for a slice. Raises ValueError where it cannot run there."""
     if plan.config.train.accelerator_type is None:
         return
-    found = preflight(plan.config.name, plan.model, plan.config.train, tell=_tell)
+    found = preflight(plan.config.name, plan.model, plan.config.train, tell=tell)
     if found is None:
         return
     for line in preflight_lines(found):
@@ -186,12 +153,13 @@ def _print_preflight(plan: Plan) -> None:
     refuse_what_does_not_fit(found)
 
 
-def _tell(line: str) -> None:
+def tell(line: str) -> None:
     """How far something long is: beside the output, never in it."""
     print(line, file=sys.stderr, flush=True)
 
 
-def _print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+def print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    """A table without a frame."""
     table = Table(show_edge=False, pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")
@@ -200,7 +168,8 @@ def _print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> N
     console.print(table)
 
 
-def _print_summary(summary: object) -> None:
+def print_summary(summary: object) -> None:
+    """The outcome of a run, a `RunSummary`: curve, held-out loss, samples, places."""
     from model.plots import terminal_plot
     from tasks.summary import RunSummary, four_digits
 
@@ -213,34 +182,10 @@ def _print_summary(summary: object) -> None:
         console.print(table)
     if summary.components:
         rows = [(name, f"{part['tokens']:,.0f}", f"{part['epochs']:.3g}") for name, part in summary.components.items()]
-        _print_table(("trained on", "tokens", "epochs"), rows)
+        print_table(("trained on", "tokens", "epochs"), rows)
     for sample in summary.samples:
         console.print(f"\n--- {sample['prompt']!r}", markup=False)
         console.print(sample["text"], markup=False)
     console.print("\n" + summary.headline(), markup=False)
     for what, path in summary.places():
         console.print(f"  {what:<24} {path}", markup=False)
-
-
-class _OneLine(logging.Filter):
-    """Errors that explain themselves need no traceback in the terminal; the message says all."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Cuts the traceback off."""
-        record.exc_info = record.exc_text = None
-        return True
-
-
-def one_line_errors() -> None:
-    """Makes Prefect log errors that explain themselves without a traceback."""
-    from tasks.children import ChildFailed, ChildStopped
-
-    explained = (ValueError, OSError, ChildFailed, ChildStopped, KeyboardInterrupt)
-
-    class Only(_OneLine):
-        def filter(self, record: logging.LogRecord) -> bool:
-            error = record.exc_info[1] if record.exc_info else None
-            return super().filter(record) if isinstance(error, explained) else True
-
-    for name in ("prefect.flow_runs", "prefect.task_runs"):
-        logging.getLogger(name).addFilter(Only())

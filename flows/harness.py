@@ -23,7 +23,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from flows.command_line import interrupt, named_errors, one_line_errors
+from flows.command_line import named_errors
+from flows.launching import interrupt, one_line_errors
 from model.inference_jobs import HarnessJob
 from tasks.artifacts import brought_here
 from tasks.bucket_runs import model_here

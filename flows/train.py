@@ -12,6 +12,7 @@ result is a directory with a manifest; a step whose configuration and inputs did
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -22,206 +23,63 @@ if __name__ == "__main__":
 
     sys.exit(run_command(sys.argv[1:]))
 
-import flows.prefect_settings  # noqa: F401, I001  (before Prefect reads its settings)
+from typing import TYPE_CHECKING, Any
 
-from collections.abc import Callable, Collection
-from typing import Annotated, Any
-
-from prefect import flow, get_run_logger
-from prefect.futures import PrefectFuture
-from prefect.runtime import flow_run
-from prefect.task_runners import ThreadPoolTaskRunner
-from pydantic import Field
-
-from flows.harness_flow import evaluate_model
-from model.config import LlamaConfig
-from model.inference_jobs import HarnessJob
+from model.config import LlamaConfig, RopeConfig
+from model.guide_fields import ResourceConfig, TpuPodConfig
 from model.train_config import SimpleTrainConfig
-from model.trackers import TrackerName
-from tasks.artifacts import Artifact
-from tasks.config import EvalHarnessConfig, ExportConfig
-from tasks.children import allow_children, stop_children
-from tasks.datasets import Mixture
-from tasks.download import download
-from tasks.eval_harness import Evaluations
-from tasks.experiment import default_train, resolve_run, root_place
-from tasks.experiment_record import training_step
-from tasks.export import export_hf
-from tasks.mixture import mix
-from tasks.planning import Plan, local_device_count, plan_run
-from tasks.pool_doctor import check_pool
-from tasks.preflight import check_accelerator
-from tasks.presets import Preset
-from tasks.run_report import publish_evaluations, publish_plan, publish_record, publish_report, publish_summary
-from tasks.steps import Step
-from tasks.tokenization import tokenize as tokenize_dataset
-from tasks.tokenize_config import TokenizeConfig
-from tasks.training import train as train_model
-from tasks.vocabulary import train_vocabulary
+from tasks.anneal import AnnealConfig, ContinuedRun, anneal_after, default_anneal
+from tasks.config import RunConfig
+from tasks.experiment import default_train, simulated_epoching_train, versioned
+from tasks.experiment_data import default_download, default_tokenize, interpolate_mixture_configs, lm_mixture_data_config
+from tasks.mixture_config import Mixture
 
-__all__ = ["LlamaConfig", "Mixture", "SimpleTrainConfig", "default_train", "executor_main", "main", "train_llama"]
+if TYPE_CHECKING:
+    from flows.train_flow import TASKS, run_plan, submit, train_llama
 
-TASKS = {
-    "raw": download,
-    "tokenizers": train_vocabulary,
-    "tokens": tokenize_dataset,
-    "mixtures": mix,
-    "checkpoints": train_model,
-    "hf": export_hf,
-}
+# What an experiment's file imports is here at once. The flow is loaded, and Prefect with it, when somebody asks for it.
+_FLOW = ("TASKS", "run_plan", "submit", "train_llama")
 
-
-LOOK_SECONDS = 2.0  # between two looks for checkpoints to evaluate
-
-# Independent steps, such as tokenizing two datasets, run side by side. (Prefect's own annotation is invariant.)
-_TASK_RUNNER: Any = ThreadPoolTaskRunner(max_workers=4)
+__all__ = [
+    "TASKS",
+    "AnnealConfig",
+    "LlamaConfig",
+    "Mixture",
+    "ResourceConfig",
+    "RopeConfig",
+    "SimpleTrainConfig",
+    "TpuPodConfig",
+    "anneal_after",
+    "default_anneal",
+    "default_download",
+    "default_tokenize",
+    "default_train",
+    "executor_main",
+    "interpolate_mixture_configs",
+    "lm_mixture_data_config",
+    "main",
+    "run_plan",
+    "simulated_epoching_train",
+    "submit",
+    "train_llama",
+    "versioned",
+]
 
 
-def _flow_run_name() -> str:
-    parameters = flow_run.parameters
-    return f"train-llama-{parameters.get('name') or parameters['preset']}"
+def __getattr__(name: str) -> Any:
+    """The flow and its parts, on first use."""
+    if name not in _FLOW:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from flows import train_flow
+
+    return getattr(train_flow, name)
 
 
-@flow(name="train-llama", flow_run_name=_flow_run_name, task_runner=_TASK_RUNNER)
-def train_llama(
-    preset: Preset = Preset.DEBUG,
-    name: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$")] = None,
-    num_train_steps: Annotated[int | None, Field(ge=1)] = None,
-    train_batch_size: Annotated[int | None, Field(ge=1)] = None,
-    learning_rate: Annotated[float | None, Field(gt=0)] = None,
-    seed: Annotated[int | None, Field(ge=0, lt=2**31)] = None,
-    model: LlamaConfig | None = None,
-    train: SimpleTrainConfig | None = None,
-    data: Mixture | None = None,
-    tokenize: TokenizeConfig | None = None,
-    export: ExportConfig | None = None,
-    eval_harness: EvalHarnessConfig | None = None,
-    track: list[TrackerName] | None = None,
-    tags: list[str] | None = None,
-    description: str | None = None,
-    pool: str | None = None,
-    root: str | None = None,
-    only: str | None = None,
-    force: list[str] | None = None,
-) -> list[Artifact]:
-    """Pretrains a Llama from raw text and returns the artifacts of its steps, inputs first.
+def executor_main(steps: Sequence[RunConfig | ContinuedRun], description: str = "") -> None:
+    """Runs experiments declared with `default_train`, with the flags of the command line, and exits with a status."""
+    from flows.executor import run_experiments
 
-    Args:
-        preset: The run to start from; everything below changes it.
-        name: Name of the run: directories and trackers use it. Unset: the preset's.
-        num_train_steps: Optimizer steps. Unset: the preset's.
-        train_batch_size: Sequences in one optimizer step, over all devices. Unset: the preset's.
-        learning_rate: Peak learning rate. Unset: the preset's.
-        seed: Seed of the weights and of the data order. Unset: the preset's.
-        model: The whole model, instead of the preset's.
-        train: The whole training configuration, instead of the preset's.
-        data: The whole data mixture, instead of the preset's.
-        tokenize: Where and how wide tokenization runs. Unset: on threads of this machine.
-        export: How the Hugging Face directory is made, instead of the preset's way.
-        eval_harness: Tasks of lm-eval that checkpoints are evaluated by, beside the run.
-        track: Trackers besides metrics.jsonl; offline without an account.
-        tags: Tags for the trackers and the flow run.
-        description: What the experiment is for, for its record.
-        pool: Work pool that trains, for example one of type tpu. Unset: this run itself.
-        root: Where artifacts lie: a directory, or gs://bucket/prefix. Unset: PREFECT_LLAMA_ROOT, else ./artifacts.
-        only: Regular expression: just the steps (kind/name) that it finds, and what they need.
-        force: Regular expressions: run the steps (kind/name) that they find although they are there.
-    """
-    config = resolve_run(
-        preset,
-        name=name,
-        num_train_steps=num_train_steps,
-        train_batch_size=train_batch_size,
-        learning_rate=learning_rate,
-        seed=seed,
-        model=model,
-        train=train,
-        data=data,
-        tokenize=tokenize,
-        export=export,
-        eval_harness=eval_harness,
-        track=track,
-        tags=tags,
-        pool=pool,
-    )
-    plan = plan_run(config, root_place(root), only=only, force=tuple(force or ()))
-    check_accelerator(config.name, plan.model, config.train, tell=get_run_logger().info, pool=config.pool)
-    if config.pool is not None and plan.trains:
-        check_pool(config.pool, plan.root, config.train, tell=get_run_logger().info)
-    publish_plan(plan)
-    publish_record(plan, description or "")
-    evaluations = evaluations_of(plan)
-    artifacts = run_plan(plan, evaluations)
-    publish_summary(plan, artifacts)
-    try:
-        if evaluations is not None:
-            publish_evaluations(plan, evaluations.at_the_end())
-    finally:
-        publish_report(artifacts)
-    return artifacts
-
-
-def evaluations_of(plan: Plan) -> Evaluations | None:
-    """What evaluates the checkpoints of the plan's training, now or owed from earlier starts; None where the plan trains nothing."""
-    training = training_step(plan)
-    if training is None:
-        return None
-
-    def evaluate(job: HarnessJob) -> Artifact:
-        return evaluate_model(job, root=str(plan.root))
-
-    # where a TPU or GPU is attached, the training has it
-    free = plan.config.pool is not None or local_device_count() is not None
-    return Evaluations(training.directory(plan.root), plan.config, evaluate, get_run_logger().warning, beside=free)
-
-
-def run_plan(plan: Plan, evaluations: Evaluations | None = None) -> list[Artifact]:
-    """Submits every step with its inputs; independent ones run at once. Whatever ends this call stops the children first.
-
-    Meanwhile checkpoints are evaluated, where that is asked for.
-
-    Raises:
-        what the first step that failed raised.
-    """
-    allow_children()
-    futures: dict[str, PrefectFuture[Artifact]] = {}
-    try:
-        for step in plan.wanted:
-            futures[step.fingerprint] = submit(step, plan, futures)
-        if evaluations is not None and plan.config.eval_harness.tasks:
-            look_while_running(futures.values(), evaluations.while_training)
-        return [future.result() for future in futures.values()]
-    except BaseException:
-        stop_children()
-        for future in futures.values():
-            future.wait()
-        raise
-
-
-def look_while_running(futures: Collection[PrefectFuture[Artifact]], look: Callable[[], None]) -> None:
-    """Calls `look` every few seconds until all futures have ended."""
-    running = list(futures)
-    for future in futures:
-        future.add_done_callback(running.remove)
-    while left := list(running):
-        look()
-        left[0].wait(timeout=LOOK_SECONDS)
-
-
-def submit(step: Step, plan: Plan, futures: dict[str, PrefectFuture[Artifact]]) -> PrefectFuture[Artifact]:
-    """Hands one step to its task, with the futures of its inputs."""
-    inputs: Any = [futures[upstream.fingerprint] for upstream in step.upstream]
-    task = TASKS[step.kind]
-    if step.fingerprint in plan.forced:
-        task = task.forced()
-    return task.submit(step, str(plan.root), inputs)
-
-
-def executor_main(steps: list, description: str = "") -> None:
-    """Runs experiments declared with `default_train`, with the flags of the command line."""
-    from flows.command_line import run_experiments
-
-    sys.exit(run_experiments(steps, description))
+    sys.exit(run_experiments(steps, description, sys.argv[1:]))
 
 
 def main() -> None:
