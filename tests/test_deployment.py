@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from deployments.bare_name import choose
+from tasks.presets import Preset
 from tests.prefect_server import Prefect, prefect_server
 from tests.tpu_pool import Slices, state_names, work_pools
 
@@ -72,7 +73,7 @@ def test_the_form_in_the_ui(prefect: Prefect) -> None:
     schema = deployment["parameter_openapi_schema"]
     properties = schema["properties"]
     assert all(field.get("description") for field in properties.values())
-    assert schema["definitions"]["Preset"]["enum"] == ["debug", "tiny"]
+    assert schema["definitions"]["Preset"]["enum"] == [preset.value for preset in Preset]
     assert properties["num_train_steps"]["anyOf"][0] == {"type": "integer", "minimum": 1}
     assert schema["definitions"]["LlamaConfig"]["properties"]["num_kv_heads"]["description"]
     schedules = deployment["schedules"]
