@@ -12,7 +12,7 @@ from tasks.vocabularies import ByteTokenizer, TokenizerTraining
 ENTRYPOINT = "flows/train_flow.py:train_llama"
 
 
-def deploy(config: RunConfig, pool: str, root: Place) -> str:
+def deploy(config: RunConfig, pool: str, root: Place, description: str = "") -> str:
     """Makes the deployment, or makes it anew; returns a line that says how to run it. A run through it has the fingerprints of `config`.
 
     The worker of the pool runs the code of this checkout, and artifacts lie below `root`, as they do for the file itself.
@@ -46,8 +46,8 @@ def deploy(config: RunConfig, pool: str, root: Place) -> str:
     flow.deploy(
         name=config.name,
         work_pool_name=pool,
-        parameters=parameters_of(config, root),
-        description=f"The experiment {config.name}.",
+        parameters={**parameters_of(config, root), "description": description},
+        description=description or f"The experiment {config.name}.",
         tags=["train-llama", "restart-on-crash", *config.tags],
         build=False,
         push=False,

@@ -115,6 +115,7 @@ def _run(runs: list[Declared], description: str) -> int:
         raise ValueError(f"--max-concurrent={arguments.max_concurrent}: give how many runs may be under way at once, 1 or more")
     root = root_place(arguments.root)
     chosen = _chosen(runs)
+    needs = {run.name: run.begins.base.name for run in chosen if run.begins is not None}
     # all are checked, and shown, before the first one trains
     plans = [_plan(run, root, to_read=arguments.plan) for run in chosen]
     if arguments.plan:
@@ -125,12 +126,13 @@ def _run(runs: list[Declared], description: str) -> int:
         from flows.deploying import deploy
 
         for run in chosen:
-            console.print(deploy(run.plannable, arguments.deploy, root), markup=False)
+            if run.plannable is not run.config:
+                raise ValueError(f"--deploy: {run.name} goes on from {needs[run.name]}, which is not trained yet: run the file first")
+            console.print(deploy(run.config, arguments.deploy, root, description), markup=False)
         return 0
     for run, plan in zip(chosen, plans, strict=True):
         check_accelerator(run.name, plan.model, run.config.train, tell=tell, pool=run.config.pool)
     prepare_prefect()
-    needs = {run.name: run.begins.base.name for run in chosen if run.begins is not None}
     outcomes = run_all({run.name: lambda run=run: _launch(run, str(root), description) for run in chosen}, needs, arguments.max_concurrent)
     _report(outcomes, arguments)
     return exit_status(outcomes)

@@ -110,13 +110,18 @@ def test_flags_change_every_run_and_what_is_gone_on_from_comes_first() -> None:
         (["--only", "hf/one"], 0, ["checkpoints/one"]),
         (["--only", "chekpoints"], 2, ["--only='chekpoints' matches no step; the steps are raw/plays"]),
         (["--force", "checkpoints/two"], 0, ["forced"]),
+        (["--deploy", "local"], 2, ["--deploy: later goes on from two, which is not trained yet: run the file first"]),
         (["--max-concurrent", "0"], 2, ["--max-concurrent=0: give how many runs"]),
     ],
 )
-def test_plans(flags: list[str], status: int, shown: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plans(
+    flags: list[str], status: int, shown: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     two = run("two")
     later = anneal_after("later", two, dataset_config=shakespeare_mixture(), num_anneal_training_tokens=8 * 64 * 5, train_batch_size=8)
-    assert run_experiments([run("one"), two, later], "three", ["--plan", "--root", str(tmp_path / "root"), *flags]) == status
+    monkeypatch.setattr("flows.deploying.deploy", lambda *_: "deployed")
+    given = [] if "--deploy" in flags else ["--plan"]
+    assert run_experiments([run("one"), two, later], "three", [*given, "--root", str(tmp_path / "root"), *flags]) == status
     said = capsys.readouterr()
     for text in shown:
         assert text in said.out + said.err
