@@ -96,8 +96,7 @@ def test_runs_at_once_fail_alone_and_share_their_steps(tmp_path: Path) -> None:
     assert "tokenizers/bad_mix" in table["bad"]
     assert "it needs bad, which failed" in table["after_bad"]
     assert "done" in table["after_one"]
-    assert {path.name.rpartition("-")[0] for path in (tmp_path / "root" / "hf").parent.glob("checkpoints/*")} == {"one", "after_one"}
-    assert done.stdout.count("tokens/plays ") >= 3  # in the plan of each run that reads it
+    assert {path.name.rpartition("-")[0] for path in (tmp_path / "root" / "checkpoints").glob("[!.]*")} == {"one", "after_one"}
     assert len([*(tmp_path / "root" / "tokens").glob("plays-*")]) == 1
     (annealed,) = (tmp_path / "root" / "checkpoints").glob("after_one-*")
     steps = [json.loads(line)["step"] for line in (annealed / "metrics.jsonl").read_text().splitlines()]
