@@ -15,7 +15,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from flows.command_line import interrupt, named_errors, one_line_errors
+from flows.command_line import named_errors
+from flows.launching import interrupt, one_line_errors
 from model.batch_size_flag import batch_size_flags
 from model.config_base import nearest
 from tasks.config import RunConfig

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from prefect.futures import PrefectFuture
 
-from flows.train import submit
+from flows.train_flow import submit
 from tasks.artifacts import Artifact
 from tasks.children import allow_children, stop_children
 from tasks.pipeline import label
