@@ -22,6 +22,7 @@ if __name__ == "__main__":
 
 import flows.prefect_settings  # noqa: F401, I001  (before Prefect reads its settings)
 
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 from prefect import flow, get_run_logger
@@ -31,13 +32,15 @@ from pydantic import Field
 
 from flows.sweep_schedule import DATA_STEPS_AT_ONCE, RunSchedule
 from tasks.experiment import resolve_run
+from tasks.places import place_of
+from tasks.planning import Plan
+from tasks.pool_doctor import check_pool
 from tasks.preflight import check_accelerator
 from tasks.presets import Preset
 from tasks.sweep_config import Span, Sweep, parse_grid
 from tasks.sweep_plan import PlannedSweep, plan_sweep
 from tasks.sweep_report import publish_table
 from tasks.sweep_table import SweepTable, outcome_of
-from tasks.places import place_of
 
 __all__ = ["ArmsFailed", "Span", "Sweep", "sweep_llama"]
 
@@ -104,9 +107,20 @@ def sweep_llama(
         sweep = sweep.model_copy(update={"base": sweep.base.model_copy(update={"pool": pool})})
     tell = get_run_logger().info
     planned = plan_sweep(sweep, root, budget=budget, fit=fit_budget, tell=tell)
-    for plan in planned.taken_plans:
-        check_accelerator(plan.config.name, plan.model, plan.config.train, tell=tell, pool=plan.config.pool)
+    check_places(planned.taken_plans, tell)
     return run_sweep(planned, max_concurrent)
+
+
+def check_places(plans: Sequence[Plan], tell: Callable[[str], None]) -> None:
+    """Refuses arms that could not train where they are to: on their slice, or the work pool. Raises ValueError."""
+    looked: set[tuple[str | None, int]] = set()
+    for plan in plans:
+        config, train = plan.config, plan.config.train
+        check_accelerator(config.name, plan.model, train, tell=tell, pool=config.pool)
+        slices = train.accelerator_type, train.slice_count
+        if config.pool is not None and plan.trains and slices not in looked:
+            looked.add(slices)  # nothing else of an arm matters to the pool
+            check_pool(config.pool, plan.root, train, tell=tell)
 
 
 def run_sweep(planned: PlannedSweep, max_concurrent: int) -> SweepTable:
