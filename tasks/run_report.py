@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefect.artifacts import create_image_artifact, create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.client.orchestration import get_client
@@ -13,11 +13,13 @@ from prefect.utilities.urls import url_for
 
 from tasks.artifacts import Artifact
 from tasks.experiment_record import launch_record, record_markdown
-from tasks.json_files import write_text
 from tasks.planning import Plan, component_rows, plan_lines, plan_rows
 from tasks.prefect_artifacts import image_url, keep
-from tasks.run_page import PAGE, write_run_page
+from tasks.run_page import write_run_page
 from tasks.summary import RunSummary
+
+if TYPE_CHECKING:
+    from model.preflight.result import Preflight
 
 
 def publish_plan(plan: Plan) -> None:
@@ -32,13 +34,15 @@ def publish_plan(plan: Plan) -> None:
     keep(lambda: create_markdown_artifact(f"{numbers}\n\n{tables}", key="plan", description="Plan"))
 
 
-def publish_record(plan: Plan, description: str) -> None:
+def publish_record(plan: Plan, description: str, found: Preflight | None = None) -> None:
     """Writes the record of the experiment, and keeps it as an artifact of the flow run; nothing where the plan trains nothing.
+
+    `found`: what preflight says of the slice, where the run asks for one.
 
     Raises:
         StorageError: the root cannot be written.
     """
-    written = launch_record(plan, description, _this_flow_run())
+    written = launch_record(plan, description, _this_flow_run(), found)
     if written is None:
         return
     place, record = written
@@ -89,13 +93,11 @@ def publish_report(artifacts: list[Artifact]) -> None:
     if summary is None:
         return
     try:
-        page = write_run_page(summary.directory)
-        if not isinstance(summary.place, Path):
-            write_text(summary.place / PAGE, page.read_text(encoding="utf-8"))
+        page = write_run_page(summary.place)
     except (ValueError, OSError) as error:
         get_run_logger().warning("the run's report was not written: %s", error)
         return
-    get_run_logger().info("the run's report is %s", summary.place / PAGE)
+    get_run_logger().info("the run's report is %s", page)
 
 
 def _thin(rows: list[dict[str, Any]], most: int = 200) -> list[dict[str, Any]]:
