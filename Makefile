@@ -74,7 +74,7 @@ COMPILE = UV_CUSTOM_COMPILE_COMMAND="make lock" $(UV) pip compile -q --universal
 # libtpu is among them: it is the compiler that `python -m model.preflight` asks, on machines without a TPU too.
 EXTRAS  = hf eval track fast dask quantized tpu
 lock: | $(UV)
-	@$(COMPILE) pyproject.toml --group dev $(EXTRAS:%=--extra %) -o requirements.lock
+	@$(COMPILE) pyproject.toml --group dev --group docs $(EXTRAS:%=--extra %) -o requirements.lock
 	@$(COMPILE) bootstrap.in -o bootstrap.lock
 	@! grep -nE '://|^-' requirements.lock bootstrap.lock
 	@echo "lock: $$(grep -c == requirements.lock) packages, no URL"

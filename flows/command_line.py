@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from flows.flag_errors import explain, parse_flags
 from model.batch_size_flag import batch_size_flags
 from model.config_base import nearest
 from tasks.config import RunConfig
@@ -79,9 +80,9 @@ def run_experiments(runs: list[RunConfig], description: str) -> int:
 
 
 def _parse(default: RunConfig, arguments: list[str], *, prog: str, description: str = "") -> Arguments:
-    return tyro.cli(
+    return parse_flags(
         Arguments,
-        args=arguments,
+        arguments,
         default=Arguments(config=default),
         prog=prog,
         description=description
@@ -97,13 +98,12 @@ def named_errors(command: Callable[[], int]) -> int:
         return command()
     except ValidationError as error:
         for problem in error.errors(include_url=False):
-            where = ".".join(str(part) for part in problem["loc"])
-            message = problem["msg"].removeprefix("Value error, ")
-            # An error about several fields names them itself, and its input is the whole configuration.
-            print(f"error: {where}: {message} (got {problem['input']!r})" if where else f"error: {message}", file=sys.stderr)
+            print(f"error: {explain(problem)}", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        # an error of our own with a number for programs: people need the text
+        text = error.strerror if isinstance(error, OSError) and error.strerror and error.filename is None else error
+        print(f"error: {text}", file=sys.stderr)
         return 2
 
 
