@@ -3,6 +3,7 @@
 # make check            format, lint, types, import law, packages
 # make oracle           compares with Hugging Face transformers itself; installs a CPU build of torch
 # make bench            runs the benchmarks
+# make docs             builds the documentation into site/
 # make lock             writes the lock files anew (UPGRADE=1 moves versions)
 #
 # Needs: python3 (3.11 to 3.13, with venv), make. Everything else is installed into .venv by the first command,
@@ -24,7 +25,7 @@ export TF_ENABLE_ONEDNN_OPTS ?= 0
 export PREFECT_SERVER_ANALYTICS_ENABLED ?= false
 export DO_NOT_TRACK ?= 1
 
-.PHONY: train test slow oracle check format bench lock setup
+.PHONY: train test slow oracle check docs format bench lock setup
 .DELETE_ON_ERROR:
 
 train: setup ; @$(PY) flows/train.py $(ARGS)
@@ -45,6 +46,10 @@ check: setup
 	@$(BIN)/pyright --pythonpath $(PY)
 	@$(BIN)/lint-imports
 	@$(UV) pip check -q --python $(PY)
+
+docs: setup
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q
+	@echo "docs: site/index.html"
 
 format: setup
 	@$(BIN)/ruff format .
