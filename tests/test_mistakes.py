@@ -29,7 +29,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XLA_FLAGS", raising=False)
 
 
-def answered(command: Callable[[], int], capsys: pytest.CaptureFixture[str], *words: str) -> None:
+def check_answer(command: Callable[[], int], capsys: pytest.CaptureFixture[str], *words: str) -> None:
     """The command ends with 2, wrote nothing but one short message with all of `words`, and left nothing behind."""
     assert command() == 2
     said = capsys.readouterr()
@@ -98,7 +98,7 @@ def answered(command: Callable[[], int], capsys: pytest.CaptureFixture[str], *wo
     ],
 )
 def test_a_mistake_on_the_command_line(arguments: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    answered(lambda: run_command(arguments.split()), capsys, words)
+    check_answer(lambda: run_command(arguments.split()), capsys, words)
 
 
 @pytest.mark.parametrize(
@@ -106,17 +106,17 @@ def test_a_mistake_on_the_command_line(arguments: str, words: str, capsys: pytes
     [(["run", "Once", "--temprature", "1"], "--temprature is no flag"), ([], "missing checkpoint"), (["run", "Once"], "run")],
 )
 def test_a_mistake_when_asking_for_text(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    answered(lambda: generate.main(arguments), capsys, words)
+    check_answer(lambda: generate.main(arguments), capsys, words)
 
 
 def test_a_mistake_when_asking_for_an_evaluation(capsys: pytest.CaptureFixture[str]) -> None:
-    answered(lambda: harness.main(["run"]), capsys, "missing --tasks: Names of tasks or groups")
+    check_answer(lambda: harness.main(["run"]), capsys, "missing --tasks: Names of tasks or groups")
 
 
 def test_a_disk_without_room(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2 << 20, 1 << 20, 1 << 20))
-    answered(lambda: run_command([]), capsys, "bytes free, this run needs about", "free some space, choose another --root")
+    check_answer(lambda: run_command([]), capsys, "bytes free, this run needs about", "free some space, choose another --root")
 
 
 def test_a_bucket_without_credentials(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +125,7 @@ def test_a_bucket_without_credentials(capsys: pytest.CaptureFixture[str], monkey
     monkeypatch.setenv("CLOUDSDK_CONFIG", "/nowhere")
     monkeypatch.setenv("NO_GCE_CHECK", "true")  # no metadata server is looked for
     remedy = "run `gcloud auth application-default login`"
-    answered(lambda: run_command(["--root", "gs://some-bucket/runs"]), capsys, "no valid Google credentials for gs://some-bucket", remedy)
+    check_answer(lambda: run_command(["--root", "gs://some-bucket/runs"]), capsys, "no valid Google credentials for gs://some-bucket", remedy)
 
 
 def test_a_tokenizer_that_is_not_there(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_tokenizer_that_is_not_there(capsys: pytest.CaptureFixture[str], monke
     base = preset("debug")
     data = base.data.model_copy(update={"tokenizer": SentencePieceFile(path=str(tmp_path / "nowhere.model"))})
     run = default_train(name="mine", tokenized=data, model_config=base.model, train_config=base.train)
-    answered(lambda: run_experiments([run], ""), capsys, "nowhere.model")
+    check_answer(lambda: run_experiments([run], ""), capsys, "nowhere.model")
 
 
 def test_a_key_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,7 +143,7 @@ def test_a_key_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
         SimpleTrainConfig(**{**dict(train), "learningrate": 1e-3})
         return 0
 
-    answered(lambda: named_errors(declare), capsys, "SimpleTrainConfig has no field 'learningrate' (did you mean 'learning_rate'?)")
+    check_answer(lambda: named_errors(declare), capsys, "SimpleTrainConfig has no field 'learningrate' (did you mean 'learning_rate'?)")
 
 
 def test_a_zone_that_is_a_region(capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,7 +153,7 @@ def test_a_zone_that_is_a_region(capsys: pytest.CaptureFixture[str]) -> None:
         TPUVariables(provider="cloud", project="mine", zones=["us-central2"], image="image")
         return 0
 
-    answered(lambda: named_errors(declare), capsys, "'us-central2' is no zone: write it like us-central2-b, a region and a letter")
+    check_answer(lambda: named_errors(declare), capsys, "'us-central2' is no zone: write it like us-central2-b, a region and a letter")
 
 
 def test_a_work_pool_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,7 +168,7 @@ def test_a_work_pool_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> No
         pretrain_deployment(Client(), "tpus")  # type: ignore[arg-type]
         return 0
 
-    answered(
+    check_answer(
         lambda: named_errors(ask), capsys, "pool='tpus': no such work pool (there are: tpu)", "prefect work-pool create --type tpu tpus"
     )
 
