@@ -4,6 +4,7 @@
 # make oracle           compares with Hugging Face transformers itself; installs a CPU build of torch
 # make bench            runs the benchmarks
 # make docs             builds the documentation into site/
+# make screenshots      takes the pictures of the documentation anew, with the Chromium of this machine
 # make lock             writes the lock files anew (UPGRADE=1 moves versions)
 #
 # Needs: python3 (3.11 to 3.13, with venv), make. Everything else is installed into .venv by the first command,
@@ -25,7 +26,7 @@ export TF_ENABLE_ONEDNN_OPTS ?= 0
 export PREFECT_SERVER_ANALYTICS_ENABLED ?= false
 export DO_NOT_TRACK ?= 1
 
-.PHONY: train test slow oracle check docs format bench lock setup
+.PHONY: train test slow oracle check docs screenshots format bench lock setup
 .DELETE_ON_ERROR:
 
 train: setup ; @$(PY) flows/train.py $(ARGS)
@@ -50,6 +51,9 @@ check: setup
 docs: setup
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q
 	@echo "docs: site/index.html"
+
+screenshots: setup
+	@PREFECT_LLAMA_SCREENSHOTS=docs/images $(PY) -m pytest -q -m slow tests/test_ui.py
 
 format: setup
 	@$(BIN)/ruff format .

@@ -125,7 +125,9 @@ def test_a_bucket_without_credentials(capsys: pytest.CaptureFixture[str], monkey
     monkeypatch.setenv("CLOUDSDK_CONFIG", "/nowhere")
     monkeypatch.setenv("NO_GCE_CHECK", "true")  # no metadata server is looked for
     remedy = "run `gcloud auth application-default login`"
-    check_answer(lambda: run_command(["--root", "gs://some-bucket/runs"]), capsys, "no valid Google credentials for gs://some-bucket", remedy)
+    check_answer(
+        lambda: run_command(["--root", "gs://some-bucket/runs"]), capsys, "no valid Google credentials for gs://some-bucket", remedy
+    )
 
 
 def test_a_tokenizer_that_is_not_there(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
