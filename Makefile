@@ -3,6 +3,8 @@
 # make check            format, lint, types, import law, packages
 # make oracle           compares with Hugging Face transformers itself; installs a CPU build of torch
 # make bench            runs the benchmarks
+# make docs             builds the documentation into site/
+# make screenshots      takes the pictures of the documentation anew, with the Chromium of this machine
 # make lock             writes the lock files anew (UPGRADE=1 moves versions)
 #
 # Needs: python3 (3.11 to 3.13, with venv), make. Everything else is installed into .venv by the first command,
@@ -24,7 +26,7 @@ export TF_ENABLE_ONEDNN_OPTS ?= 0
 export PREFECT_SERVER_ANALYTICS_ENABLED ?= false
 export DO_NOT_TRACK ?= 1
 
-.PHONY: train test slow oracle check format bench lock setup
+.PHONY: train test slow oracle check docs screenshots format bench lock setup
 .DELETE_ON_ERROR:
 
 train: setup ; @$(PY) flows/train.py $(ARGS)
@@ -45,6 +47,13 @@ check: setup
 	@$(BIN)/pyright --pythonpath $(PY)
 	@$(BIN)/lint-imports
 	@$(UV) pip check -q --python $(PY)
+
+docs: setup
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q
+	@echo "docs: site/index.html"
+
+screenshots: setup
+	@PREFECT_LLAMA_SCREENSHOTS=docs/images $(PY) -m pytest -q -m slow tests/test_ui.py
 
 format: setup
 	@$(BIN)/ruff format .
@@ -74,7 +83,7 @@ COMPILE = UV_CUSTOM_COMPILE_COMMAND="make lock" $(UV) pip compile -q --universal
 # libtpu is among them: it is the compiler that `python -m model.preflight` asks, on machines without a TPU too.
 EXTRAS  = hf eval track fast dask quantized tpu
 lock: | $(UV)
-	@$(COMPILE) pyproject.toml --group dev $(EXTRAS:%=--extra %) -o requirements.lock
+	@$(COMPILE) pyproject.toml --group dev --group docs $(EXTRAS:%=--extra %) -o requirements.lock
 	@$(COMPILE) bootstrap.in -o bootstrap.lock
 	@! grep -nE '://|^-' requirements.lock bootstrap.lock
 	@echo "lock: $$(grep -c == requirements.lock) packages, no URL"

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from flows.flag_errors import explain, parse_flags
 from flows.launching import launch, prepare_prefect
 from model.batch_size_flag import batch_size_flags
 from model.config_base import nearest
@@ -66,10 +67,15 @@ def run_command(arguments: list[str]) -> int:
 
 
 def parse(default: A, arguments: list[str], *, prog: str, description: str = "") -> A:
-    """The flags of a command line over `default`. Ends the process where a flag is unknown, or help is asked for."""
-    return tyro.cli(
+    """The flags of a command line over `default`.
+
+    Raises:
+        MistakenFlags: saying which, and what to give instead.
+        SystemExit: help was asked for.
+    """
+    return parse_flags(
         type(default),
-        args=arguments,
+        arguments,
         default=default,
         prog=prog,
         description=description
@@ -85,13 +91,12 @@ def named_errors(command: Callable[[], int]) -> int:
         return command()
     except ValidationError as error:
         for problem in error.errors(include_url=False):
-            where = ".".join(str(part) for part in problem["loc"])
-            message = problem["msg"].removeprefix("Value error, ")
-            # An error about several fields names them itself, and its input is the whole configuration.
-            print(f"error: {where}: {message} (got {problem['input']!r})" if where else f"error: {message}", file=sys.stderr)
+            print(f"error: {explain(problem)}", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        # an error of our own with a number for programs: people need the text
+        text = error.strerror if isinstance(error, OSError) and error.strerror and error.filename is None else error
+        print(f"error: {text}", file=sys.stderr)
         return 2
 
 

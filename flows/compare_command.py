@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.command_line import named_errors
+from flows.flag_errors import parse_flags
 from tasks.comparison import Comparison
 from tasks.scaling_law import LawName
 
@@ -33,8 +34,8 @@ class Arguments:
 def main(arguments: list[str]) -> int:
     """Runs one command line; returns the exit status."""
     description = "Compare training runs: a table, one plot of loss against steps, tokens, FLOPs and hours, and a scaling law."
-    options = tyro.cli(Arguments, args=arguments, prog="compare.py", description=description, config=(tyro.conf.FlagCreatePairsOff,))
-    return named_errors(lambda: _compare(options))
+    config = (tyro.conf.FlagCreatePairsOff,)
+    return named_errors(lambda: _compare(parse_flags(Arguments, arguments, prog="compare.py", description=description, config=config)))
 
 
 def _compare(options: Arguments) -> int:

@@ -24,6 +24,7 @@ from typing import IO, Any
 import tyro
 
 from flows.command_line import named_errors
+from flows.flag_errors import parse_flags
 from model.durable import write_json
 from model.inference_jobs import ChatJob, CompletionJob
 from model.model_place import find_model
@@ -75,9 +76,9 @@ class Terminal:
 
 def main(arguments: list[str]) -> int:
     """Runs one command line; returns the exit status."""
-    options = tyro.cli(Arguments, args=arguments, prog="generate.py", description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    form = {"prog": "generate.py", "description": __doc__, "config": (tyro.conf.FlagCreatePairsOff,)}
     try:
-        return named_errors(lambda: _complete(options))
+        return named_errors(lambda: _complete(parse_flags(Arguments, arguments, **form)))
     except KeyboardInterrupt:
         return 130
 

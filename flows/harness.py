@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.command_line import named_errors
+from flows.flag_errors import parse_flags
 from flows.launching import interrupt, one_line_errors
 from model.inference_jobs import HarnessJob
 from tasks.artifacts import brought_here
@@ -59,10 +60,9 @@ class Arguments:
 
 def main(arguments: list[str]) -> int:
     """Runs one command line; returns the exit status."""
-    options = tyro.cli(Arguments, args=arguments, prog="harness.py", description=__doc__)
     signal.signal(signal.SIGTERM, interrupt)
     try:
-        return named_errors(lambda: _evaluate(options))
+        return named_errors(lambda: _evaluate(parse_flags(Arguments, arguments, prog="harness.py", description=__doc__)))
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130

@@ -10,6 +10,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from flows.flag_errors import parse_flags
 from tasks.audit import adopt, verify_tree
 from tasks.experiment import root_directory, root_place
 from tasks.findings import Finding
@@ -35,7 +36,7 @@ def doctor(arguments: list[str]) -> int:
 
     from tasks.doctor import examine
 
-    options = tyro.cli(Doctor, args=arguments, prog="train.py doctor", description="Check this machine, and a work pool, before a run.")
+    options = parse_flags(Doctor, arguments, prog="train.py doctor", description="Check this machine, and a work pool, before a run.")
     root = root_place(options.root)
     findings = examine(root)
     if options.pool is not None:
@@ -84,7 +85,7 @@ def verify(arguments: list[str]) -> int:
         path: tyro.conf.Positional[str]
         """An artifact's directory, or a root with many; also gs://bucket/prefix."""
 
-    options = tyro.cli(Verify, args=arguments, prog="train.py verify", description="Hash an artifact and compare it with its manifest.")
+    options = parse_flags(Verify, arguments, prog="train.py verify", description="Hash an artifact and compare it with its manifest.")
     report = verify_tree(options.path)
     print(report)
     return 0 if report.ok else 1
@@ -106,7 +107,7 @@ def adopt_command(arguments: list[str]) -> int:
         root: str | None = None
         """Where artifacts lie; unset: PREFECT_LLAMA_ROOT, else ./artifacts."""
 
-    options = tyro.cli(Adopt, args=arguments, prog="train.py adopt", description="Register existing data as a finished artifact.")
+    options = parse_flags(Adopt, arguments, prog="train.py adopt", description="Register existing data as a finished artifact.")
     kind, slash, name = options.step.partition("/")
     if not slash or not kind or not name:
         raise ValueError(f"--step={options.step!r}: give kind/name, such as raw/plays")
@@ -137,7 +138,7 @@ def rollback(arguments: list[str]) -> int:
     from tasks.rollback import roll_back
 
     description = "Take a run that is stopped back to a checkpoint and past the data after it: what helps against a spike of the loss."
-    options = tyro.cli(Rollback, args=arguments, prog="train.py rollback", description=description)
+    options = parse_flags(Rollback, arguments, prog="train.py rollback", description=description)
     print(roll_back(options.path, to_step=options.to, skip_steps=options.skip))
     return 0
 
@@ -159,7 +160,7 @@ def push(arguments: list[str]) -> int:
     from tasks.hub_push import push_export
 
     description = "Send a run's export to the Hugging Face hub. The token is that of the environment's HF_TOKEN."
-    options = tyro.cli(Push, args=arguments, prog="train.py push", description=description, config=(tyro.conf.FlagCreatePairsOff,))
+    options = parse_flags(Push, arguments, prog="train.py push", description=description, config=(tyro.conf.FlagCreatePairsOff,))
     url, notes = push_export(options.path, options.repo, public=options.public, revision=options.revision)
     for line in (f"pushed: {url}", *(f"note: {note}" for note in notes)):
         print(line)
@@ -176,7 +177,7 @@ def report(arguments: list[str]) -> int:
 
     from tasks.run_page import write_run_page
 
-    options = tyro.cli(Report, args=arguments, prog="train.py report", description="Show a run, finished or not, on one page: report.html.")
+    options = parse_flags(Report, arguments, prog="train.py report", description="Show a run, finished or not, on one page: report.html.")
     print(write_run_page(options.path))
     return 0
 

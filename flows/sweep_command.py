@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.command_line import named_errors
+from flows.flag_errors import parse_flags
 from flows.launching import interrupt, one_line_errors
 from model.batch_size_flag import batch_size_flags
 from model.config_base import nearest
@@ -69,9 +70,9 @@ def sweep_main(sweep: Sweep, description: str = "") -> NoReturn:
 
 
 def _parse(default: Arguments, arguments: list[str], prog: str, description: str) -> Arguments:
-    return tyro.cli(
+    return parse_flags(
         Arguments,
-        args=arguments,
+        arguments,
         default=default,
         prog=prog,
         description=description

@@ -135,7 +135,7 @@ class LlamaConfig(Config):
                 f"use_flash_attention=False means the plain form, and attn_backend={self.attn_backend!r} names another: leave one out"
             )
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
+            raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: make it one")
         if self.head_dim is None and self.hidden_dim % self.num_heads:
             raise ValueError(f"hidden_dim={self.hidden_dim} is not a multiple of num_heads={self.num_heads}: change one or set head_dim")
         if self.head_size % 2:

@@ -18,6 +18,7 @@ from model import hf_architectures
 from model.batch_arithmetic import BatchArithmetic, check_tensor_split
 from model.config import LlamaConfig
 from model.flops import num_parameters, train_flops_per_token
+from model.slices import slice_named
 from model.trackers import check_trackers
 from tasks.artifacts import check_writable, read_manifest
 from tasks.config import RunConfig, TrainingStep, beside_fields
@@ -135,7 +136,7 @@ def plan_run(config: RunConfig, root: str | Place, *, only: str | None = None, f
         checkpoint_bytes=checkpoint_bytes(config, model),
         components=data.components,
         fetch_bytes=fetch_bytes,
-        warnings=(*not_listed(unlisted), *data.warnings, *space),
+        warnings=(*_all_warmup(config), *not_listed(unlisted), *data.warnings, *space),
     )
 
 
@@ -152,9 +153,21 @@ def check_run(config: RunConfig, root: Place, unlisted: Collection[str] = ()) ->
     check_eval_harness(config)
     model = config.model.with_vocab(vocabulary_size(config.data.tokenizer))
     check_tensor_split(model, config.train.tensor_parallel_size)
-    if config.train.accelerator_type is None and (devices := local_device_count()) is not None:
+    if config.train.accelerator_type is not None:
+        slice_named(config.train.accelerator_type)
+    elif (devices := local_device_count()) is not None:
         BatchArithmetic.of(config.train, devices)
     check_writable(_existing_place(root) if isinstance(root, Path) else root)
+
+
+def _all_warmup(config: RunConfig) -> list[str]:
+    steps = config.train.num_train_steps
+    if config.train.warmup != 1 or config.train.cycle_length is not None or config.train.cycles is not None:
+        return []
+    return [
+        f"train.warmup=1 is a fraction: all {steps} steps warm up, and nothing decays; above 1 it is steps, below 1 a fraction "
+        f"(one step is train.warmup={1 / steps:.2g})"
+    ]
 
 
 def _existing_place(root: Path) -> Path:

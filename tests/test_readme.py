@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -24,9 +23,3 @@ def test_every_file_has_its_line_and_every_line_its_file() -> None:
     assert len(listed) == len(set(listed))
     inner = {name for name in listed if "/" in name and name.endswith(".py")}
     assert inner == {name for name in files if not name.endswith("__init__.py")}
-
-
-def test_the_commands_are_real() -> None:
-    readme = (CHECKOUT / "README.md").read_text(encoding="utf-8")
-    targets = set(re.findall(r"^(\w+):", (CHECKOUT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
-    assert set(re.findall(r"make (\w+)", readme)) - {"nothing"} <= targets

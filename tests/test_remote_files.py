@@ -131,7 +131,7 @@ def test_an_offline_hub_is_told_at_once(hub: Hub, monkeypatch: pytest.MonkeyPatc
 
     source = dataset("hf://datasets/org/web@main/data/train-*")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match=r"cannot be listed \(HF_HUB_OFFLINE is set\)"):
+    with pytest.raises(DataError, match=r"cannot be listed \(HF_HUB_OFFLINE is set: unset it"):
         list_files(source)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     first = list_files(source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -25,6 +26,7 @@ def open_filesystem(location: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
     Raises DataError for a protocol that fsspec does not know, or whose package is not installed.
     """
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs a traceback for each try; what fails is told by our own errors
     place = public_location(location)
     if "::" in location:
         raise DataError(f"{place} is a chain of file systems; unpack the inner one, and give the plain URL of the files")

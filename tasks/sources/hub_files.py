@@ -145,6 +145,6 @@ def _once(place: HubPlace, call: Callable[[], T]) -> T:
         after = retry_after_seconds(error.response.headers.get("Retry-After"))
         raise Unavailable(f"{place.page} answered {status}", retry_after=after, everyone=status == 429) from None
     except errors.OfflineModeIsEnabled:
-        raise Unavailable("HF_HUB_OFFLINE is set", again=False) from None
+        raise Unavailable("HF_HUB_OFFLINE is set: unset it, or use files that are here", again=False) from None
     except (OSError, errors.HTTPError) as error:
         raise Unavailable(f"{place.page}: {error}") from None
