@@ -31,12 +31,14 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
 from flows.sweep_schedule import DATA_STEPS_AT_ONCE, RunSchedule
+from tasks.artifacts import Artifact
 from tasks.experiment import resolve_run
 from tasks.places import place_of
 from tasks.planning import Plan
 from tasks.pool_doctor import check_pool
 from tasks.preflight import check_accelerator
 from tasks.presets import Preset
+from tasks.run_report import publish_record, publish_report
 from tasks.sweep_config import Span, Sweep, parse_grid
 from tasks.sweep_plan import PlannedSweep, plan_sweep
 from tasks.sweep_report import publish_table
@@ -142,9 +144,12 @@ def run_sweep(planned: PlannedSweep, max_concurrent: int) -> SweepTable:
         row.state, row.why = state, why
         if state == "finished":
             row.outcome = outcome_of(place_of(row.place))
+            publish_report([Artifact(kind="checkpoints", name=row.name, path=row.place, fingerprint=row.fingerprint)])
         (log.error if state == "failed" else log.info)("arm %s %s%s", row.name, state, f": {why}" if why else "")
         keep()
 
+    for plan in planned.taken_plans:
+        publish_record(plan, f"An arm of the sweep {table.name}, {table.place}")
     keep()
     RunSchedule(planned.taken_plans, max_concurrent, changed).run()
     log.info(table.headline())

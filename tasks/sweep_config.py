@@ -74,6 +74,11 @@ class Sweep(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Sweep:
+        if self.base.eval_harness.tasks:
+            raise ValueError(
+                "eval_harness.tasks: arms are compared by their held-out loss, no tasks are run on them: leave it out, "
+                "and ask flows/harness.py about the best"
+            )
         for path, values in self.grid.items():
             if isinstance(values, Span):
                 if self.draws is None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from tasks.config import EvalHarnessConfig
 from tasks.pipeline import run_steps
 from tasks.presets import preset
 from tasks.sweep_config import LONGEST_NAME, Span, Sweep, arm_name, parse_grid
@@ -128,6 +129,12 @@ def test_declared_in_python_it_has_the_same_runs() -> None:
         Sweep(base=DEBUG, grid={"train.learning_rate": ("x",)})
     with pytest.raises(ValidationError, match="a span goes from a lower to a higher value"):
         Span(low=0, high=1, log=True)
+
+
+def test_tasks_of_lm_eval_are_no_part_of_it() -> None:
+    base = DEBUG.model_copy(update={"eval_harness": EvalHarnessConfig(tasks=("piqa",))})
+    with pytest.raises(ValidationError, match=r"eval_harness.tasks: arms are compared by their held-out loss"):
+        Sweep(base=base, grid={"train.seed": (1, 2)})
 
 
 def test_lists_are_split_outside_of_brackets() -> None:
