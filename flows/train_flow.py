@@ -126,11 +126,20 @@ def train_llama(
         pool=pool,
     )
     plan = plan_run(config, root_place(root), only=only, force=tuple(force or ()))
-    check_accelerator(config.name, plan.model, config.train, tell=get_run_logger().info, pool=config.pool)
+    found = check_accelerator(config.name, plan.model, config.train, tell=get_run_logger().info, pool=config.pool)
     if config.pool is not None and plan.trains:
         check_pool(config.pool, plan.root, config.train, tell=get_run_logger().info)
     publish_plan(plan)
-    publish_record(plan, description or "")
+    publish_record(plan, description or "", found)
+    return run_and_tell(plan)
+
+
+def run_and_tell(plan: Plan) -> list[Artifact]:
+    """Runs a plan, evaluates its checkpoints, and keeps the outcome as artifacts of the flow run and as the run's page.
+
+    Raises:
+        ObligationsLeft: everything is done but evaluations that failed.
+    """
     evaluations = evaluations_of(plan)
     artifacts = run_plan(plan, evaluations)
     publish_summary(plan, artifacts)

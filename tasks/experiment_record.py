@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from model.secret_text import without_secrets
 from model.tracker_services import tracker_name
@@ -19,6 +19,9 @@ from tasks.places import Place, place_of
 from tasks.planning import Plan, plan_lines
 from tasks.source_control import code_state
 from tasks.steps import Step
+
+if TYPE_CHECKING:
+    from model.preflight.result import Preflight
 
 EXPERIMENTS = "experiments"
 MOST_LAUNCHES = 100
@@ -47,13 +50,16 @@ def write_record(training: Place, record: dict[str, Any]) -> Place:
     return place
 
 
-def launch_record(plan: Plan, description: str, flow_run: dict[str, str]) -> tuple[Place, dict[str, Any]] | None:
+def launch_record(
+    plan: Plan, description: str, flow_run: dict[str, str], found: Preflight | None = None
+) -> tuple[Place, dict[str, Any]] | None:
     """Writes down that the run of a plan is about to start; the record and its place. None where the plan trains nothing.
 
     A run that is there and only taken up again is as it was recorded: then the record stays as it is.
 
     Args:
         description: what the experiment is for, in a person's words.
+        found: what preflight says of the slice, where the run asks for one.
         flow_run: `id`, `name` and, where there is a UI, `url` of the flow run that starts it.
 
     Raises:
@@ -77,11 +83,11 @@ def launch_record(plan: Plan, description: str, flow_run: dict[str, str]) -> tup
         "flow_run": flow_run,
     }
     launches = [*(earlier or {}).get("launches", []), launch][-MOST_LAUNCHES:]
-    record = {**experiment_record(plan, step, description), "code": code, "launches": launches}
+    record = {**experiment_record(plan, step, description, found), "code": code, "launches": launches}
     return write_record(training, record), record
 
 
-def experiment_record(plan: Plan, step: Step, description: str) -> dict[str, Any]:
+def experiment_record(plan: Plan, step: Step, description: str, found: Preflight | None = None) -> dict[str, Any]:
     """What is known of an experiment before it runs, as JSON values."""
     config = plan.config
     dump = json.loads(without_secrets(json.dumps(config.model_dump(mode="json"))))
@@ -108,7 +114,8 @@ def experiment_record(plan: Plan, step: Step, description: str) -> dict[str, Any
             "num_parameters": plan.num_parameters,
             "tokens": plan.total_tokens,
             "flops": plan.total_flops,
-            "seconds": plan.seconds,
+            "seconds": plan.seconds if found is None or found.hours is None else found.hours * 3600,
+            "dollars": None if found is None else found.dollars,
             "components": [{"name": part.name, "tokens": part.tokens, "epochs": part.epochs} for part in plan.components],
         },
         "links": _links(plan, step),

@@ -106,6 +106,8 @@ def _comparison(plan: dict[str, Any], rows: list[dict[str, Any]], last_step: int
         "" if planned is None else number(plan["tokens"] / planned),
         number(tokens / seconds) if tokens and seconds else "",
     )
+    if planned and plan.get("dollars") is not None:
+        yield "dollars, at list price", f"{plan['dollars']:,.0f}", f"{plan['dollars'] * seconds / planned:,.0f}"
     for name, key in (("model FLOPs utilisation", "throughput/mfu"), ("goodput of the last start", "goodput")):
         value = _last(rows, key)
         yield name, "", "" if value is None else f"{value:.3g}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefect.artifacts import create_image_artifact, create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.client.orchestration import get_client
@@ -19,6 +19,9 @@ from tasks.prefect_artifacts import image_url, keep
 from tasks.run_page import PAGE, write_run_page
 from tasks.summary import RunSummary
 
+if TYPE_CHECKING:
+    from model.preflight.result import Preflight
+
 
 def publish_plan(plan: Plan) -> None:
     """Keeps the plan, what is reused and what runs and why, as an artifact of the flow run; each task logs its own part."""
@@ -32,13 +35,15 @@ def publish_plan(plan: Plan) -> None:
     keep(lambda: create_markdown_artifact(f"{numbers}\n\n{tables}", key="plan", description="Plan"))
 
 
-def publish_record(plan: Plan, description: str) -> None:
+def publish_record(plan: Plan, description: str, found: Preflight | None = None) -> None:
     """Writes the record of the experiment, and keeps it as an artifact of the flow run; nothing where the plan trains nothing.
+
+    `found`: what preflight says of the slice, where the run asks for one.
 
     Raises:
         StorageError: the root cannot be written.
     """
-    written = launch_record(plan, description, _this_flow_run())
+    written = launch_record(plan, description, _this_flow_run(), found)
     if written is None:
         return
     place, record = written

@@ -36,7 +36,16 @@ def test_deployed_runs_and_their_artifacts(prefect: Prefect) -> None:
     first = prefect.wait_for_last_run(1)
     assert first["state"]["type"] == "COMPLETED", (prefect.home / "worker.log").read_text()[-5000:]
     artifacts = {artifact["key"]: artifact for artifact in prefect.post("/artifacts/filter") if artifact["key"]}
-    assert {"plan", "train-progress", "train-metrics", "loss-curve", "samples", "checkpoint", "run-summary"} <= artifacts.keys()
+    assert {
+        "plan",
+        "train-progress",
+        "train-metrics",
+        "loss-curve",
+        "samples",
+        "checkpoint",
+        "run-summary",
+        "experiment-record",
+    } <= artifacts.keys()
     assert float(artifacts["train-progress"]["data"]) == 100.0
     assert '"train/loss"' in artifacts["train-metrics"]["data"]
     assert artifacts["loss-curve"]["data"].startswith("data:image/png;base64,")

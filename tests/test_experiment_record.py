@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from model.config import LlamaConfig
+from model.preflight.result import Preflight
 from model.tracker_services import tracker_name
 from model.train_config import SimpleTrainConfig
 from tasks.artifacts import commit
@@ -82,6 +83,11 @@ def test_every_start_is_kept_and_a_run_that_is_only_taken_up_stays_as_recorded(t
     record = read_record(step.directory(planned.root))
     assert record is not None
     assert [launch["flow_run"] for launch in record["launches"]] == [{"id": "0"}, {"id": "1"}]
+    assert record["plan"]["dollars"] is None
+    slices = launch_record(planned, "start 1", {}, Preflight.model_construct(hours=2.0, dollars=30.0))
+    assert slices is not None
+    assert (slices[1]["plan"]["seconds"], slices[1]["plan"]["dollars"]) == (7200.0, 30.0)
+    record = slices[1]
     directory = Path(str(step.directory(planned.root)))
     directory.mkdir(parents=True)
     commit(directory, step, files=[], stats={})

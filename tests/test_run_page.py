@@ -69,7 +69,7 @@ def made_run(root: Path, *, steps: int = 20, finished: bool = True) -> Path:
         write_json(run / OUTCOME_FILE, {"step": 20, "final": rows[-1], "components": {"plays": {"tokens": 4000.0, "epochs": 1.25}}})
     record = {
         "description": "does it learn?",
-        "plan": {"tokens": 4000, "seconds": 80.0},
+        "plan": {"tokens": 4000, "seconds": 80.0, "dollars": 1000.0},
         "config": {"name": "mine", "train": {"learning_rate": 0.003}},
         "code": {"commit": "abc123", "dirty": True},
         "steps": [{"step": "checkpoints/mine", "fingerprint": "0123456789abcdef" * 4}],
@@ -91,6 +91,7 @@ def test_a_page_shows_the_run_and_what_went_wrong(tmp_path: Path) -> None:
     ledger.failed(ledger.due[0], "no such task")
     values = page_values(run)
     assert ("time in steps", "1 min 20 s", "40 s") in values["comparison"]
+    assert ("dollars, at list price", "1,000", "500") in values["comparison"]
     assert ("tokens", "4k", "4k") in values["comparison"]
     assert ("tokens a second", "50", "100") in values["comparison"]
     assert values["components"] == [("plays", "4k", "1.25")]
