@@ -171,8 +171,8 @@ def report(arguments: list[str]) -> int:
 
     @dataclasses.dataclass(frozen=True)
     class Report:
-        path: tyro.conf.Positional[Path]
-        """The run's directory, artifacts/checkpoints/NAME-..."""
+        path: tyro.conf.Positional[str]
+        """The run's directory, artifacts/checkpoints/NAME-..., or gs://... of a finished one."""
 
     from tasks.run_page import write_run_page
 

@@ -12,52 +12,48 @@ from typing import Any
 
 from jinja2 import Environment
 
-from model.durable import write_durably
 from model.jumps import SKIPPED_DATA
 from model.metrics import read_json_lines, read_samples
 from model.plots import figures_html
 from model.secret_text import without_secrets
+from tasks.artifact_store import artifact_store
+from tasks.artifacts import brought_here, open_artifact, read_manifest
 from tasks.experiment_record import read_record
 from tasks.formatting import duration, number
-from tasks.obligations import EVALS, Ledger
-from tasks.places import Place, place_of_working
+from tasks.json_files import read_json, write_text
+from tasks.obligations import Ledger
+from tasks.places import Place, place_of
 from tasks.summary import four_digits, held_out_rows
-from tasks.trainer_child import JOB_FILE, read_outcome
+from tasks.trainer_child import JOB_FILE
 
 PAGE = "report.html"
 _TEMPLATE = Path(__file__).with_name("run_page.html")
 
 
-def write_run_page(directory: Path) -> Path:
-    """Writes the page of the run in `directory`, of this machine; where it is.
+def write_run_page(run: str | Place) -> Place:
+    """Writes the page of a run, which in a bucket has to be finished; where it is.
 
     Raises:
         ValueError: there is no run, or one of its files is damaged.
         OSError: the directory cannot be written.
     """
-    job_file = directory / JOB_FILE
-    if not job_file.is_file():
-        raise ValueError(f"{directory} holds no run: give the directory of one, artifacts/checkpoints/NAME-...")
-    page = Environment(autoescape=True).from_string(_TEMPLATE.read_text(encoding="utf-8")).render(page_values(directory))
-    write_durably(directory / PAGE, page.encode())
-    return directory / PAGE
+    place = place_of(run)
+    page = Environment(autoescape=True).from_string(_TEMPLATE.read_text(encoding="utf-8")).render(page_values(place))
+    write_text(place / PAGE, page)
+    return place / PAGE
 
 
-def page_values(directory: Path) -> dict[str, Any]:
-    """What the page shows, by the names of its template."""
-    job = json.loads((directory / JOB_FILE).read_text(encoding="utf-8"))
-    place = place_of_working(directory.absolute())
+def page_values(place: Place) -> dict[str, Any]:
+    """What the page shows, by the names of its template. Raises ValueError where there is no run or a file of it is damaged."""
+    name, config, outcome, directory = _run_at(place)
     record = read_record(place) or {}
     rows = read_json_lines(directory / "metrics.jsonl")
-    outcome = read_outcome(directory)
     final = _last_values(rows) if outcome is None else outcome["final"]
-    done = rows[-1]["step"] if rows else 0
-    last = job["train"]["num_train_steps"]
+    done, last = rows[-1]["step"] if rows else 0, config["train"]["num_train_steps"]
     state = "finished" if outcome is not None else f"at step {done:,} of {last:,}"
-    evaluations = read_json_lines(directory / EVALS)
-    shown = {key: job[key] for key in ("model", "train", "track", "tags")}
+    shown = {key: config[key] for key in ("model", "train")}
     return {
-        "name": job["name"],
+        "name": name,
         "headline": f"{state}, train loss {four_digits(final.get('train/loss'))}, held-out loss {four_digits(final.get('eval/loss'))}",
         "description": record.get("description", ""),
         "comparison": list(_comparison(record.get("plan", {}), rows, last)),
@@ -66,26 +62,36 @@ def page_values(directory: Path) -> dict[str, Any]:
         ],
         "figures": figures_html(rows),
         "held_out": [(name, four_digits(loss), four_digits(bpb)) for name, loss, bpb in held_out_rows(final)],
-        "evaluations": [(row["step"], key, f"{value:.6g}") for row in evaluations for key, value in row.items() if key != "step"],
+        "evaluations": [(row["step"], key, f"{value:.6g}") for row in Ledger(place).rows() for key, value in row.items() if key != "step"],
         "samples": read_samples(directory / "samples.jsonl"),
-        "incidents": list(incidents(directory, place, record, rows)),
+        "incidents": list(incidents(place, record, rows)),
         "code": list(_code(record)),
         "configuration": without_secrets(json.dumps(record.get("config") or shown, indent=1)),
     }
 
 
-def incidents(directory: Path, place: Place, record: dict[str, Any], rows: list[dict[str, Any]]) -> Iterator[tuple[str, str, str]]:
+def _run_at(place: Place) -> tuple[str, dict[str, Any], dict[str, Any] | None, Path]:
+    """Name, configuration, outcome (None where it is not finished) of the run at `place`, and where its curves are on this machine."""
+    if (manifest := read_manifest(place)) is not None:
+        directory = place if isinstance(place, Path) else Path(brought_here(open_artifact(place, manifest.fingerprint)).path)
+        return manifest.name, manifest.config, manifest.stats, directory
+    job = read_json(place / JOB_FILE) if isinstance(place, Path) else None
+    if job is None or not isinstance(place, Path):
+        raise ValueError(f"{place} holds no run: give the directory of one, artifacts/checkpoints/NAME-...; in a bucket, of a finished one")
+    return job["name"], job, None, place
+
+
+def incidents(place: Place, record: dict[str, Any], rows: list[dict[str, Any]]) -> Iterator[tuple[str, str, str]]:
     """`(what, when, details)` of everything that did not go straight on."""
     launches = record.get("launches", [])
     for launch in launches[1:]:
         yield "started again", launch["at"], launch["flow_run"].get("name", "")
-    skipped = directory / SKIPPED_DATA
-    for one in json.loads(skipped.read_text(encoding="utf-8"))["skipped"] if skipped.is_file() else ():
+    for one in (read_json(place / SKIPPED_DATA) or {}).get("skipped", ()):
         what = "rolled back, asked for" if one.get("asked_for") else "rolled back"
         yield what, f"step {one['step']}", f"{one['rows']:,} rows of data left out: {one['why']}"
-    checkpoints = directory / "checkpoints"
-    for path in sorted(checkpoints.glob("damaged-*")) if checkpoints.is_dir() else ():
-        yield "checkpoint damaged", f"step {path.name.split('-')[1]}", f"set aside as {path.name}"
+    for path in artifact_store(place / "checkpoints").children():
+        if path.name.startswith("damaged-"):
+            yield "checkpoint damaged", f"step {path.name.split('-')[1]}", f"set aside as {path.name}"
     for row in rows:
         if row.get("optim/skipped_step"):
             yield "step skipped", f"step {row['step']}", f"loss {row.get('train/loss')}, gradient norm {row.get('grad/norm/total')}"

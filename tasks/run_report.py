@@ -13,10 +13,9 @@ from prefect.utilities.urls import url_for
 
 from tasks.artifacts import Artifact
 from tasks.experiment_record import launch_record, record_markdown
-from tasks.json_files import write_text
 from tasks.planning import Plan, component_rows, plan_lines, plan_rows
 from tasks.prefect_artifacts import image_url, keep
-from tasks.run_page import PAGE, write_run_page
+from tasks.run_page import write_run_page
 from tasks.summary import RunSummary
 
 if TYPE_CHECKING:
@@ -94,13 +93,11 @@ def publish_report(artifacts: list[Artifact]) -> None:
     if summary is None:
         return
     try:
-        page = write_run_page(summary.directory)
-        if not isinstance(summary.place, Path):
-            write_text(summary.place / PAGE, page.read_text(encoding="utf-8"))
+        page = write_run_page(summary.place)
     except (ValueError, OSError) as error:
         get_run_logger().warning("the run's report was not written: %s", error)
         return
-    get_run_logger().info("the run's report is %s", summary.place / PAGE)
+    get_run_logger().info("the run's report is %s", page)
 
 
 def _thin(rows: list[dict[str, Any]], most: int = 200) -> list[dict[str, Any]]:

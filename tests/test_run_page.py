@@ -10,12 +10,20 @@ from typing import Any
 import pytest
 
 from flows.command_line import run_command
+from model.config import LlamaConfig
 from model.durable import write_json
-from model.jumps import skip_data
-from tasks.config import EvalHarnessConfig
+from model.jumps import SKIPPED_DATA, skip_data
+from model.train_config import SimpleTrainConfig
+from tasks import objects
+from tasks.artifacts import commit
+from tasks.config import EvalHarnessConfig, TrainingStep
+from tasks.json_files import write_json as write_place
 from tasks.obligations import Ledger
+from tasks.places import ObjectPath, working_directory
 from tasks.run_page import PAGE, page_values, seconds_in_steps, write_run_page
-from tasks.trainer_child import JOB_FILE, OUTCOME_FILE
+from tasks.steps import Step
+from tasks.trainer_child import JOB_FILE
+from tests.object_store import BUCKET, object_store, use_store
 
 LOADING = frozenset(("src", "href", "srcset", "action", "data", "poster", "background", "formaction", "xlink:href"))
 
@@ -44,10 +52,19 @@ class Page(HTMLParser):
             self.text += data
 
 
+MODEL = LlamaConfig(seq_len=10, hidden_dim=32, intermediate_dim=64, num_layers=2, num_heads=2, num_kv_heads=1)
+TRAIN = SimpleTrainConfig(train_batch_size=20, num_train_steps=20, learning_rate=2e-2)
+STEP = Step(kind="checkpoints", name="mine", config=TrainingStep(model=MODEL, train=TRAIN))
+
+
+def stats(final: dict[str, Any]) -> dict[str, Any]:
+    return {"step": 20, "final": final, "components": {"plays": {"tokens": 4000.0, "epochs": 1.25}}}
+
+
 def made_run(root: Path, *, steps: int = 20, finished: bool = True) -> Path:
     run = root / "checkpoints" / "mine-0123456789abcdef"
     run.mkdir(parents=True)
-    write_json(run / JOB_FILE, {"name": "mine", "model": {"hidden_dim": 32}, "train": {"num_train_steps": 20}, "track": [], "tags": []})
+    write_json(run / JOB_FILE, {"name": "mine", "model": {}, "train": {"num_train_steps": 20}})
     rows: list[dict[str, Any]] = [
         {
             "step": step,
@@ -66,7 +83,7 @@ def made_run(root: Path, *, steps: int = 20, finished: bool = True) -> Path:
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (run / "samples.jsonl").write_text(json.dumps({"step": steps, "prompt": "To be", "text": "To be <script>alert(1)</script>"}) + "\n")
     if finished:
-        write_json(run / OUTCOME_FILE, {"step": 20, "final": rows[-1], "components": {"plays": {"tokens": 4000.0, "epochs": 1.25}}})
+        commit(run, STEP, files=["metrics.jsonl", "samples.jsonl"], stats=stats(rows[-1]))
     record = {
         "description": "does it learn?",
         "plan": {"tokens": 4000, "seconds": 80.0, "dollars": 1000.0},
@@ -104,7 +121,7 @@ def test_a_page_shows_the_run_and_what_went_wrong(tmp_path: Path) -> None:
         ("step skipped", "step 10", "loss 4.0, gradient norm 1.0"),
         ("evaluation owed", "step 20", "no such task"),
     ]
-    page = Page(write_run_page(run).read_text(encoding="utf-8"))
+    page = Page(Path(str(write_run_page(run))).read_text(encoding="utf-8"))
     for shown in (
         "finished, train loss 3.0000",
         "does it learn?",
@@ -117,7 +134,7 @@ def test_a_page_shows_the_run_and_what_went_wrong(tmp_path: Path) -> None:
 
 
 def test_a_page_opens_offline(tmp_path: Path) -> None:
-    text = write_run_page(made_run(tmp_path)).read_text(encoding="utf-8")
+    text = Path(str(write_run_page(made_run(tmp_path)))).read_text(encoding="utf-8")
     page = Page(text)
     assert page.loads == [], "everything is in the page"
     assert not {"link", "iframe", "object", "embed", "base"} & set(page.tags)
@@ -139,6 +156,27 @@ def test_a_run_that_still_goes_has_a_page_too(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "experiments" / "mine-0123456789abcdef.json").unlink()
     write_run_page(run)
     assert "no step was logged yet" in (run / PAGE).read_text(encoding="utf-8")
+
+
+def test_a_finished_run_in_a_bucket_has_its_page_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_LLAMA_CACHE", str(tmp_path / "cache"))
+    with object_store() as url:
+        use_store(monkeypatch, url)
+        root = ObjectPath(BUCKET, "page")
+        place = STEP.directory(root)
+        here = working_directory(place)
+        here.mkdir(parents=True)
+        (here / "metrics.jsonl").write_text(json.dumps({"step": 20, "train/loss": 3.0}) + "\n")
+        commit(place, STEP, files=["metrics.jsonl"], stats=stats({"train/loss": 3.0}))
+        skipped = {"skipped": [{"step": 10, "rows": 64, "why": "a spike", "asked_for": True}]}
+        write_place(place / SKIPPED_DATA, skipped)
+        write_place(place / "checkpoints/damaged-15-1/hashes.json", {})
+        monkeypatch.setenv("PREFECT_LLAMA_CACHE", str(tmp_path / "another"))
+        assert run_command(["report", str(place)]) == 0
+        page = Page(objects.read(ObjectPath.parse(f"{place}/{PAGE}"))[0].decode())
+    assert "finished, train loss 3.0000" in page.text
+    assert "64 rows of data left out: a spike" in page.text
+    assert "set aside as damaged-15-1" in page.text
 
 
 def test_where_there_is_no_run_there_is_no_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
