@@ -11,7 +11,8 @@ import pytest
 from prefect.exceptions import ObjectNotFound
 
 from flows import generate, harness
-from flows.command_line import named_errors, run_command, run_experiments
+from flows.command_line import named_errors, run_command
+from flows.executor import run_experiments
 from model.train_config import SimpleTrainConfig
 from tasks.experiment import default_train
 from tasks.pool_training import pretrain_deployment
@@ -135,7 +136,7 @@ def test_a_tokenizer_that_is_not_there(capsys: pytest.CaptureFixture[str], monke
     base = preset("debug")
     data = base.data.model_copy(update={"tokenizer": SentencePieceFile(path=str(tmp_path / "nowhere.model"))})
     run = default_train(name="mine", tokenized=data, model_config=base.model, train_config=base.train)
-    check_answer(lambda: run_experiments([run], ""), capsys, "nowhere.model")
+    check_answer(lambda: run_experiments([run], "", ["--plan"]), capsys, "nowhere.model")
 
 
 def test_a_key_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
