@@ -182,6 +182,8 @@ def run_plan(plan: Plan, evaluations: Evaluations | None = None) -> list[Artifac
         if evaluations is not None and plan.config.eval_harness.tasks:
             look_while_running(futures.values(), evaluations.while_training)
         return artifacts_of({label(step): futures[step.fingerprint] for step in plan.wanted})
+    except StepsFailed:  # all have ended; children that are there belong to other runs of this process
+        raise
     except BaseException:
         stop_children()
         for future in futures.values():
