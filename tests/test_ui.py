@@ -18,7 +18,7 @@ from tests.tpu_pool import work_pools
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 MODEL = {"seq_len": 128, "hidden_dim": 32, "intermediate_dim": 64, "num_heads": 2, "num_kv_heads": 1, "num_layers": 2}
-PARAMETERS = {"num_train_steps": 600, "train_batch_size": 4, "model": MODEL}
+PARAMETERS = {"num_train_steps": 1000, "train_batch_size": 4, "model": MODEL}
 PATIENCE = 120_000  # milliseconds for what the UI has to show: a hang, not a slow machine
 
 pytestmark = [
@@ -66,11 +66,19 @@ def wait_for_progress(prefect: Prefect, run: str) -> None:
     while True:
         state = answer(prefect, f"/flow_runs/{run}")["state"]
         progress = artifacts(prefect).get("train-progress")
-        if progress is not None and float(progress["data"]) > 0:
+        if progress is not None and float(progress["data"]) >= 5:
             assert float(progress["data"]) < 100, "it was over before anybody looked: make it longer"
             return
         assert state["type"] not in ("FAILED", "CRASHED", "COMPLETED"), (prefect.home / "worker.log").read_text()[-3000:]
         assert time.monotonic() < deadline, state
+        time.sleep(0.5)
+
+
+def wait_for_drawing(page: Page) -> None:
+    """Until the graph of the run is drawn: an empty one is a picture of one colour, which takes a few kilobytes."""
+    deadline = time.monotonic() + PATIENCE / 1000
+    while len(page.locator("canvas").first.screenshot()) < 10_000:
+        assert time.monotonic() < deadline, "the graph of the run stayed empty"
         time.sleep(0.5)
 
 
@@ -89,6 +97,7 @@ def test_form_progress_and_artifacts(prefect: Prefect, page: Page, pictures: Pat
     page.goto(f"{ui}/runs/flow-run/{run}")
     page.get_by_text("Running", exact=True).first.wait_for()
     page.get_by_text("mixtures shakespeare").first.wait_for()
+    wait_for_drawing(page)
     page.screenshot(path=pictures / "run.png")
     page.goto(f"{ui}/artifacts/artifact/{artifacts(prefect)['train-progress']['id']}")
     page.get_by_text("train-progress").first.wait_for()
