@@ -89,8 +89,11 @@ def check_script(script: str, arguments: list[str]) -> None:
     assert (CHECKOUT / script).exists()
     if "/experiments/" in script:
         return
-    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-    run = importlib.import_module("flows.command_line").run_command if script == "flows/train.py" else module.main
+    module = "flows.command_line" if script == "flows/train.py" else script.removesuffix(".py").replace("/", ".")
+    if importlib.util.find_spec(f"{module}_command"):  # light imports for the terminal, beside the flow
+        module += "_command"
+    commands_of = importlib.import_module(module)
+    run = getattr(commands_of, "run_command", None) or commands_of.main
     said = run_quietly(lambda: run(arguments))
     assert said is None, said
 
