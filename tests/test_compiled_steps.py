@@ -40,7 +40,8 @@ def compiled(name: str, directory: Path) -> tuple[Program, str]:
     return programs[name], said
 
 
-@pytest.mark.parametrize("remat", ["save_all", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["save_all", "full"])
 def test_the_formula_is_what_the_compiled_step_multiplies(remat: RematPolicy, tmp_path: Path) -> None:
     (program, _), made = compiled(remat, tmp_path), ORDERS[remat]
     tokens = made.train.batch_schedule.largest * made.model.seq_len / slice_named(made.slice_name).num_chips

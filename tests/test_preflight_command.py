@@ -138,6 +138,7 @@ def test_weight_gradients_are_scattered_over_the_plane_and_then_over_the_ring(
     assert summed_everywhere < 0.01 * sum(one["wire_bytes"] for one in totals)
 
 
+@pytest.mark.slow
 def test_whole_logits_are_found_where_the_loss_has_one_block_and_only_there(
     compiled: Compiled,
 ) -> None:
@@ -165,6 +166,7 @@ def test_traffic_inside_several_slices_is_that_of_a_torus(compiled: Compiled) ->
     assert any("one slice with its share of the batch" in note for note in two["notes"])
 
 
+@pytest.mark.slow
 def test_a_plane(compiled: Compiled) -> None:
     plane = found(compiled["v5e-16"])
     assert (plane["accelerator"], plane["remat"], plane["microbatches"]) == ("v5litepod-16", "full", 1)

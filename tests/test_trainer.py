@@ -126,6 +126,7 @@ def test_a_touched_file_or_a_signal_saves_and_training_goes_on(mixture: Path, tm
     assert {str(second)} < {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
 
 
+@pytest.mark.slow
 def test_the_clock_asks_for_checkpoints_of_which_two_stay(mixture: Path, tmp_path: Path) -> None:
     job = write_job(tmp_path / "run", mixture, num_train_steps=100_000, steps_per_export=100_000, minutes_per_checkpoint=0.01)
     process = start(job)
@@ -254,6 +255,7 @@ def test_asked_to_stop_at_any_moment_it_saves_the_step_it_stops_at(mixture: Path
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [str(trainer.step)]
 
 
+@pytest.mark.slow
 def test_held_out_loss_is_that_of_the_averaged_weights(mixture: Path, tmp_path: Path) -> None:
     """An average that hardly moves has the loss of the first weights, whatever the weights themselves have learnt."""
 
@@ -267,6 +269,7 @@ def test_held_out_loss_is_that_of_the_averaged_weights(mixture: Path, tmp_path: 
     assert max(averaged) - min(averaged) < 0.001
 
 
+@pytest.mark.slow
 def test_clipped_updates_are_in_the_log(mixture: Path, tmp_path: Path) -> None:
     finish(start(write_job(tmp_path, mixture, num_train_steps=2, steps_per_export=2, clip_update_norm=True)))
     row = read_json_lines(tmp_path / "metrics.jsonl")[-1]
