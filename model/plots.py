@@ -83,7 +83,8 @@ def figures_html(rows: list[dict[str, Any]]) -> list[str]:
         for name, (steps, values) in drawn.items():
             figure.add_trace(graph.Scatter(x=steps, y=values, name=name, mode="lines" if len(steps) > 20 else "lines+markers"))
         options: dict[str, Any] = {"full_html": False, "default_height": 380, "config": {"displayModeBar": False}}
-        figures.append(figure.to_html(include_plotlyjs=not figures, **options))
+        # named, so that equal curves are equal pages
+        figures.append(figure.to_html(include_plotlyjs=not figures, div_id=f"figure-{len(figures)}", **options))
     return figures
 
 

@@ -14,17 +14,25 @@ from tasks.storage import make_directory, storage_errors
 
 def read_json(place: Place) -> dict[str, Any] | None:
     """The JSON object at `place`; None where there is no file. Raises ValueError where it is damaged, StorageError."""
-    try:
-        data = place.read_bytes() if isinstance(place, Path) else objects.read(place)[0]
-    except FileNotFoundError:
+    text = read_text(place)
+    if text is None:
         return None
     try:
-        found = json.loads(data)
+        found = json.loads(text)
     except ValueError as error:
         raise ValueError(f"{place} is damaged ({error}): remove it; the next start of the run writes it anew") from None
     if not isinstance(found, dict):
         raise ValueError(f"{place} is damaged (it is no object): remove it; the next start of the run writes it anew")
     return found
+
+
+def read_text(place: Place) -> str | None:
+    """The text at `place`, whatever cannot be decoded replaced; None where there is no file. Raises StorageError."""
+    try:
+        data = place.read_bytes() if isinstance(place, Path) else objects.read(place)[0]
+    except FileNotFoundError:
+        return None
+    return data.decode("utf-8", "replace")
 
 
 def write_json(place: Place, value: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from tasks.artifact_store import artifact_store
 from tasks.artifacts import brought_here, open_artifact, read_manifest
 from tasks.experiment_record import read_record
 from tasks.formatting import duration, number
-from tasks.json_files import read_json, write_text
+from tasks.json_files import read_json, read_text, write_text
 from tasks.obligations import Ledger
 from tasks.places import Place, place_of
 from tasks.summary import four_digits, held_out_rows
@@ -31,7 +31,7 @@ _TEMPLATE = Path(__file__).with_name("run_page.html")
 
 
 def write_run_page(run: str | Place) -> Place:
-    """Writes the page of a run, which in a bucket has to be finished; where it is.
+    """Writes the page of a run, which in a bucket has to be finished, unless it is there as it would be written; where it is.
 
     Raises:
         ValueError: there is no run, or one of its files is damaged.
@@ -39,7 +39,8 @@ def write_run_page(run: str | Place) -> Place:
     """
     place = place_of(run)
     page = Environment(autoescape=True).from_string(_TEMPLATE.read_text(encoding="utf-8")).render(page_values(place))
-    write_text(place / PAGE, page)
+    if read_text(place / PAGE) != page:
+        write_text(place / PAGE, page)
     return place / PAGE
 
 

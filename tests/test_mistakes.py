@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 from prefect.exceptions import ObjectNotFound
 
 from flows import generate, harness
@@ -26,7 +27,7 @@ LINES = 6
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PREFECT_LLAMA_ROOT", str(tmp_path / "root"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # as the variable of this name has it, when the library is imported
     monkeypatch.delenv("XLA_FLAGS", raising=False)
 
 

@@ -38,7 +38,8 @@ def test_logits_are_those_of_the_definition(name: str) -> None:
     }
     logits = logits_of(params, batch["tokens"], config, segment_ids=batch["segment_ids"], positions=batch["positions"])
     expected = definition(params, batch, config)
-    np.testing.assert_allclose(logits, expected, atol=2e-5 * float(jnp.abs(expected).max()))
+    # machines add in other orders; a wrong formula is wrong in the second digit
+    np.testing.assert_allclose(logits, expected, atol=5e-5 * float(jnp.abs(expected).max()))
 
 
 @pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS])
