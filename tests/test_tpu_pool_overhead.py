@@ -54,7 +54,9 @@ def test_little_time_goes_by_beside_training(prefect: Prefect, slices: Slices) -
         kill_worker(prefect)
     finally:
         prefect.environment["PREFECT_WORKER_QUERY_SECONDS"] = queries
-    busy = busy_share()
+    for _ in range(20):  # until the workers have started
+        if (busy := busy_share()) < MOST_BUSY:
+            break
     flags = {"num_train_steps": STEPS, "train_batch_size": 4, "model": json.dumps(MODEL), "name": "overhead"}
     prefect.run("deployment", "run", "train-llama/tpu", *(word for name, value in flags.items() for word in ("--param", f"{name}={value}")))
     until(lambda: prefect.flow_runs()[-1]["state"]["type"] in FINAL and not slices.states(), "the end of the run and its slice")
