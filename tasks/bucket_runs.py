@@ -6,6 +6,7 @@ While it goes, its checkpoints and, in each, its curves are written to the bucke
 from __future__ import annotations
 
 import json
+import posixpath
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -95,13 +96,10 @@ def _manifest(place: ObjectPath) -> Manifest:
 
 
 def _artifact_of(mixture: ObjectPath, relative: str) -> ObjectPath:
-    """The artifact, `{kind}/{name}` below the mixture's root, that a path relative to the mixture leads into."""
-    parts = Path(relative).parts
-    up = parts.count("..")
-    below = [*mixture.key.split("/")[:-up], *parts[up:]] if up else [*mixture.key.split("/"), *parts]
-    root = mixture.parent.parent
-    depth = len(root.key.split("/")) if root.key else 0
-    return ObjectPath(mixture.bucket, "/".join(below[: depth + 2]))
+    """The artifact that a path relative to the mixture leads into: as deep below the root as the mixture, `{kind}/{name}`."""
+    depth = mixture.key.count("/") + 1
+    parts = posixpath.normpath(f"{mixture.key}/{relative}").split("/")
+    return ObjectPath(mixture.bucket, "/".join(parts[:depth]))
 
 
 def send_records(job: TrainingJob, names: Iterable[str]) -> None:
