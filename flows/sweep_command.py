@@ -7,7 +7,6 @@ Exit status: 0 every arm that takes part has finished (or the plan was good), 1 
 from __future__ import annotations
 
 import dataclasses
-import signal
 import sys
 from typing import Annotated, NoReturn
 
@@ -17,7 +16,7 @@ from rich.table import Table
 
 from flows.command_line import named_errors
 from flows.flag_errors import parse_flags
-from flows.launching import interrupt, one_line_errors
+from flows.launching import prepare_prefect
 from model.batch_size_flag import batch_size_flags
 from model.config_base import nearest
 from tasks.config import RunConfig
@@ -96,11 +95,8 @@ def _run(options: Arguments, declared: Sweep | None) -> int:
 
 def _train(sweep: Sweep, options: Arguments) -> int:
     from flows.sweep import ArmsFailed, sweep_llama
-    from flows.temporary_server import use_temporary_server
 
-    one_line_errors()
-    use_temporary_server()
-    signal.signal(signal.SIGTERM, interrupt)
+    prepare_prefect()
     try:
         table = sweep_llama(
             sweep=sweep,

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import json
 import sys
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from model.child import die_with_parent, emit, emit_error
+from model.child import die_with_parent, emit, exit_status
 from model.completion import BLOCK, Continuation
 from model.generate import stream
 from model.inference_jobs import ChatJob
@@ -92,24 +91,20 @@ def piece_ids(model: TrainedModel, pieces: list[tuple[str, int | None]]) -> list
 def main(job_file: Path) -> int:
     """Answers until standard input ends; returns the exit status."""
     die_with_parent()
-    try:
-        job = ChatJob.model_validate_json(job_file.read_text(encoding="utf-8"))
-        model = TrainedModel.open(job.model)
-        vocabulary = model.vocabulary
-        emit("ready", special_tokens=vocabulary.special_tokens, bos_id=vocabulary.bos_id, eos_id=vocabulary.eos_id)
-        for turn, line in enumerate(sys.stdin):
-            try:
-                for event in answer(model, job, json.loads(line), job.seed + turn):
-                    emit(event.pop("event"), **event)
-            except ValueError as error:
-                emit("refused", message=str(error))
-    except Exception as error:
-        if not isinstance(error, ValueError | OSError):
-            traceback.print_exc()
-            return 1
-        emit_error(error)
-        return 1
-    return 0
+    return exit_status(lambda: _converse(job_file))
+
+
+def _converse(job_file: Path) -> None:
+    job = ChatJob.model_validate_json(job_file.read_text(encoding="utf-8"))
+    model = TrainedModel.open(job.model)
+    vocabulary = model.vocabulary
+    emit("ready", special_tokens=vocabulary.special_tokens, bos_id=vocabulary.bos_id, eos_id=vocabulary.eos_id)
+    for turn, line in enumerate(sys.stdin):
+        try:
+            for event in answer(model, job, json.loads(line), job.seed + turn):
+                emit(event.pop("event"), **event)
+        except ValueError as error:
+            emit("refused", message=str(error))
 
 
 if __name__ == "__main__":

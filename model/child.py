@@ -8,7 +8,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,19 @@ def die_with_parent() -> None:
     parent = os.environ.get(PARENT_VARIABLE)
     if parent is not None and os.getppid() != int(parent):
         raise SystemExit("the parent process is gone")
+
+
+def exit_status(work: Callable[[], None]) -> int:
+    """Does `work` and returns 0; after an error 1. One that explains itself is named in an event, any other leaves its traceback."""
+    try:
+        work()
+    except (ValueError, OSError) as error:
+        emit_error(error)
+        return 1
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 def emit(event: str, **fields: Any) -> None:

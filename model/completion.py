@@ -8,12 +8,11 @@ at once; what is made of a later one meanwhile is said when its turn comes.
 from __future__ import annotations
 
 import sys
-import traceback
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from model.child import die_with_parent, emit, emit_error
+from model.child import die_with_parent, emit, exit_status
 from model.generate import stream
 from model.inference_jobs import CompletionJob
 from model.trained_model import TrainedModel
@@ -106,16 +105,12 @@ def _room(job: CompletionJob, encoded: list[list[int]], seq_len: int) -> int:
 def main(job_file: Path) -> int:
     """Runs one job; returns the exit status."""
     die_with_parent()
-    try:
-        for event in complete(CompletionJob.model_validate_json(job_file.read_text(encoding="utf-8"))):
-            emit(event.pop("event"), **event)
-    except Exception as error:
-        if not isinstance(error, ValueError | OSError):
-            traceback.print_exc()
-            return 1
-        emit_error(error)
-        return 1
-    return 0
+    return exit_status(lambda: _complete(job_file))
+
+
+def _complete(job_file: Path) -> None:
+    for event in complete(CompletionJob.model_validate_json(job_file.read_text(encoding="utf-8"))):
+        emit(event.pop("event"), **event)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from collections import defaultdict
 from collections.abc import Mapping
 from functools import partial
@@ -18,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from model.child import die_with_parent, emit, emit_error
+from model.child import die_with_parent, emit, exit_status
 from model.config_base import nearest
 from model.durable import write_json
 from model.inference_jobs import HarnessJob
@@ -90,15 +89,7 @@ def flat_metrics(found: Mapping[str, Any]) -> dict[str, float]:
 def main(job_file: Path, results: Path) -> int:
     """Runs one job; returns the exit status."""
     die_with_parent()
-    try:
-        write_json(results, run_harness(HarnessJob.model_validate_json(job_file.read_text(encoding="utf-8"))))
-    except Exception as error:
-        if not isinstance(error, ValueError | OSError):
-            traceback.print_exc()
-            return 1
-        emit_error(error)
-        return 1
-    return 0
+    return exit_status(lambda: write_json(results, run_harness(HarnessJob.model_validate_json(job_file.read_text(encoding="utf-8")))))
 
 
 if __name__ == "__main__":
