@@ -61,6 +61,14 @@ class BatchArithmetic:
         """Sequences of one microbatch, over all devices."""
         return self.per_device * self.data * self.fsdp
 
+    def eval_rows(self, train: SimpleTrainConfig) -> int:
+        """Sequences of one batch of held-out text, over all devices: those of a microbatch, as what fits in training fits here too.
+
+        `train.per_device_eval_parallelism` gives each group of devices that sees the same rows another number of them.
+        """
+        per_device = self.per_device if train.per_device_eval_parallelism == -1 else train.per_device_eval_parallelism
+        return per_device * self.data * self.fsdp
+
     def __str__(self) -> str:
         return (
             f"{self.rows_at_once * self.num_microbatches} sequences = {self.per_device} a device x "

@@ -5,9 +5,6 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, Protocol
 
-import jax
-from jax.sharding import NamedSharding, PartitionSpec
-
 from model.batches import EvalBatches
 from model.child import emit
 from model.distributed import is_leader
@@ -17,7 +14,7 @@ from model.metrics import read_json_lines
 from model.partitioning import batch_sharding
 from model.plots import write_loss_plots
 from model.requests import Request
-from model.train_step import loss_sums
+from model.train_step import make_eval_step
 from model.vocabularies.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -44,10 +41,7 @@ def make_hooks(trainer: Trainer) -> list[Hook]:
     """What a run does besides stepping, in this order: a checkpoint covers what the others did at its step."""
     train = trainer.job.train
     names = trainer.mixture.validation_names()
-    # What fits the devices in training fits them in evaluation. Every process reads whole batches; each device takes its rows.
-    rows = trainer.batch.rows_at_once
-    if train.per_device_eval_parallelism != -1:
-        rows = rows // trainer.batch.per_device * train.per_device_eval_parallelism
+    rows = trainer.batch.eval_rows(train)  # every process reads whole batches; each device takes its rows
     # Cut off in rows: how many of them a device takes at once must not change what is scored.
     few = None if train.max_eval_batches is None else train.max_eval_batches * train.batch_schedule.largest
     held_out = [EvalBatches(trainer.mixture, name, seq_len=trainer.seq_len, batch_size=rows, max_rows=few) for name in names]
@@ -76,9 +70,7 @@ class EvaluateHook(Periodic):
     def __init__(self, components: list[EvalBatches], trainer: Trainer) -> None:
         super().__init__(trainer.job.train.steps_per_eval, trainer.last_step)
         self._components = components
-        config, train, mesh = trainer.config, trainer.job.train, trainer.mesh
-        whole = NamedSharding(mesh, PartitionSpec())
-        self._sums_of = jax.jit(lambda params, batch: loss_sums(params, batch, config, train, mesh), out_shardings=whole)
+        self._sums_of = make_eval_step(trainer.config, trainer.job.train, trainer.mesh)
         self._evaluated = {row["step"] for row in read_json_lines(trainer.records / "metrics.jsonl") if "eval/loss" in row}
 
     def done(self, step: int) -> bool:

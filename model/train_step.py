@@ -148,6 +148,12 @@ def loss_sums(params: Any, batch: Batch, config: LlamaConfig, train: SimpleTrain
     )
 
 
+def make_eval_step(config: LlamaConfig, train: SimpleTrainConfig, mesh: Mesh) -> jax.stages.Wrapped:
+    """The jitted `(params, batch) -> LossSums` of held-out text, over the whole batch on every device."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(lambda params, batch: loss_sums(params, batch, config, train, mesh), out_shardings=whole)
+
+
 def make_train_step(config: LlamaConfig, train: SimpleTrainConfig, mesh: Mesh, num_microbatches: int) -> jax.stages.Wrapped:
     """The jitted step `(state, batch) -> (state, metrics)`; the state is donated.
 

@@ -38,25 +38,28 @@ def check_before_asking(
     variables: Mapping[str, Any],
     *,
     tell: Callable[[str], None],
-) -> None:
+) -> PoolSettings | None:
     """Refuses a job that the deployment's work pool could only waste money on; nothing where a run of the job is there to be adopted.
 
-    variables: job variables of the run. tell: gets warnings, and how far preflight is.
+    variables: job variables of the run. tell: gets warnings, and how far preflight is. Returns what a pool of type `tpu` will ask for.
 
     Raises:
         ValueError: naming the fields, their values and what to change.
     """
     assert deployment.work_pool_name is not None
     work_pool = client.read_work_pool(deployment.work_pool_name)
-    if work_pool.type != TPU or runs_already(client, job, deployment):
-        return
+    if work_pool.type != TPU:
+        return None
     settings = PoolSettings.of(work_pool, deployment.job_variables, variables)
+    if runs_already(client, job, deployment):
+        return settings
     check_accelerator_type(settings)
     model = job.model.with_vocab(MixtureTokenizer.read(job.mixture).vocab_size)
     if settings.provider == "cloud":
         refuse(place_findings(settings, place_of(job.bucket or job.directory)), tell)
         check_disk(settings, job)
         check_fit_and_cost(settings, job.name, model, job.train, tell)
+    return settings
 
 
 def runs_already(client: SyncPrefectClient, job: TrainingJob, deployment: DeploymentResponse) -> bool:
@@ -127,13 +130,18 @@ def check_fit_and_cost(
     Raises:
         ValueError: with the gigabytes or the dollars.
     """
-    asked = {"accelerator_type": settings.accelerator_type, "slice_count": settings.num_slices}
-    found = preflight(name, model, without_chosen_options(SimpleTrainConfig(**{**dict(train), **asked})), tell=tell)
+    found = preflight(name, model, without_chosen_options(on_slices_of(settings, train)), tell=tell)
     if found is None:
         return
     refuse_what_does_not_fit(found)
     if found.hours is not None:
         check_cost(settings, name, found.hours, tell)
+
+
+def on_slices_of(settings: PoolSettings, train: SimpleTrainConfig) -> SimpleTrainConfig:
+    """The training on what the pool asks for."""
+    asked = {"accelerator_type": settings.accelerator_type, "slice_count": settings.num_slices}
+    return SimpleTrainConfig(**{**dict(train), **asked})
 
 
 def check_cost(settings: PoolSettings, name: str, hours: float, tell: Callable[[str], None]) -> None:

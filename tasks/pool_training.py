@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Coroutine
-from typing import TYPE_CHECKING
+from collections.abc import Coroutine, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import httpx
@@ -22,12 +24,14 @@ from prefect.states import Cancelling
 from model.checkpoint_files import steps_in
 from model.job import TrainingJob
 from model.metrics import read_json_lines
+from model.mixture_store import MixtureTokenizer
 from tasks.bucket_runs import fetch_records
 from tasks.caching import assert_still_owner, run_logger
 from tasks.children import ChildFailed, ChildStopped, stopping
+from tasks.compile_ahead import CompileAhead
 from tasks.formatting import duration
-from tasks.pool_checks import check_before_asking
-from tasks.pool_settings import job_variables
+from tasks.pool_checks import check_before_asking, on_slices_of
+from tasks.pool_settings import PoolSettings, job_variables
 from tasks.trainer_child import OUTCOME_FILE, read_outcome
 
 if TYPE_CHECKING:
@@ -53,8 +57,22 @@ def train_on_pool(job: TrainingJob, pool: str) -> None:
     """
     with get_client(sync_client=True) as client:
         deployment = pretrain_deployment(client, pool)
-        run = ask_for_run(client, job, deployment)
-        Following(client, job, run.id).until_final()
+        variables = job_variables(job.train)
+        settings = check_before_asking(client, job, deployment, variables, tell=run_logger().info)
+        run = ask_for_run(client, job, deployment, variables)
+        with compiling_ahead(job, settings) as ahead:
+            Following(client, job, run.id, ahead).until_final()
+
+
+@contextmanager
+def compiling_ahead(job: TrainingJob, settings: PoolSettings | None) -> Iterator[CompileAhead | None]:
+    """Inside it the evaluation is compiled for the pool's slices, where they are TPUs and this machine has a compiler for them."""
+    if settings is None or settings.provider != "cloud" or find_spec("libtpu") is None:
+        yield None
+        return
+    model = job.model.with_vocab(MixtureTokenizer.read(job.mixture).vocab_size)
+    with CompileAhead(job.name, model, on_slices_of(settings, job.train), run_logger()) as ahead:
+        yield ahead
 
 
 def pretrain_deployment(client: SyncPrefectClient, pool: str) -> DeploymentResponse:
@@ -79,10 +97,8 @@ def pretrain_deployment(client: SyncPrefectClient, pool: str) -> DeploymentRespo
     return sorted(mine, key=lambda each: (each.name != pool, each.name))[0]
 
 
-def ask_for_run(client: SyncPrefectClient, job: TrainingJob, deployment: DeploymentResponse) -> FlowRun:
+def ask_for_run(client: SyncPrefectClient, job: TrainingJob, deployment: DeploymentResponse, variables: Mapping[str, Any]) -> FlowRun:
     """The run that trains this job: the one that is there, or a new one where the ones before failed."""
-    variables = job_variables(job.train)
-    check_before_asking(client, job, deployment, variables, tell=run_logger().info)
     for attempt in itertools.count():
         run = run_deployment(
             name=deployment.id,
@@ -90,7 +106,7 @@ def ask_for_run(client: SyncPrefectClient, job: TrainingJob, deployment: Deploym
             flow_run_name=f"pretrain-{job.name}",
             idempotency_key=f"{job.fingerprint}:{attempt}",
             tags=["train-llama", f"run:{job.name}"],
-            job_variables=variables,
+            job_variables=dict(variables),
             timeout=0,
         )
         assert not isinstance(run, Coroutine)  # Prefect's annotation covers its asynchronous use too
@@ -122,8 +138,8 @@ def may_be_tried_again(run: FlowRun) -> bool:
 class Following:
     """Follows one run to its end, through an API that is away for a while. Told to stop, it cancels the run and waits."""
 
-    def __init__(self, client: SyncPrefectClient, job: TrainingJob, run: UUID) -> None:
-        self._client, self._job, self._run = client, job, run
+    def __init__(self, client: SyncPrefectClient, job: TrainingJob, run: UUID, ahead: CompileAhead | None = None) -> None:
+        self._client, self._job, self._run, self._ahead = client, job, run, ahead
         self._log = run_logger()
         self._said = ""
         self._progress_at = time.monotonic()
@@ -147,6 +163,8 @@ class Following:
                 raise ChildStopped(
                     f"flow run {run.name} was told to stop and has not answered: look for its slice, which may still cost money"
                 )
+            if self._ahead is not None:
+                self._ahead.look()
             assert_still_owner()
             time.sleep(POLL_SECONDS if cancelled_at is None else 0.5)
         if state.is_completed():

@@ -23,7 +23,7 @@ from model.train_config import SimpleTrainConfig
 if TYPE_CHECKING:
     from model.preflight.result import Preflight
 
-_FITS, _DOES_NOT_FIT = 0, 3
+FITS, DOES_NOT_FIT = 0, 3  # exit statuses of the command
 
 
 class DoesNotFit(ValueError):
@@ -77,7 +77,7 @@ def _run(arguments: list[str], tell: Callable[[str], None]) -> str:
             process.terminate()
             raise
         listener.join()
-    if process.returncode not in (_FITS, _DOES_NOT_FIT):
+    if process.returncode not in (FITS, DOES_NOT_FIT):
         errors = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
         raise ValueError("preflight: " + (" ".join(errors) or "\n".join(said[-15:]) or f"exit status {process.returncode}"))
     return output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -248,6 +249,7 @@ def test_a_job_in_a_bucket_is_looked_at_where_it_lies(tmp_path: Path, server: st
 def test_nothing_is_asked_for_where_a_check_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool_training, "run_deployment", lambda *_, **__: pytest.fail("a run was asked for"))
     deployment: Any = SimpleNamespace(id=uuid4(), work_pool_name="tpu", job_variables={"provider": "cloud"})
-    server: Any = Server(work_pool(accelerator_type="v4-16"))
+    monkeypatch.setattr(pool_training, "get_client", lambda **_: nullcontext(Server(work_pool(accelerator_type="v4-16"))))
+    monkeypatch.setattr(pool_training, "pretrain_deployment", lambda *_: deployment)
     with pytest.raises(ValueError, match=r"is a directory of this machine, .*give --root gs://bucket/prefix"):
-        pool_training.ask_for_run(server, job_in(tmp_path), deployment)
+        pool_training.train_on_pool(job_in(tmp_path), "tpu")

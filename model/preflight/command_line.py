@@ -22,6 +22,7 @@ from model.child import PARENT_VARIABLE, die_with_parent
 from model.config import LlamaConfig, RematPolicy
 from model.flops import num_parameters
 from model.preflight.compiler import CompilerCrash
+from model.preflight.evaluation import evaluation_fit
 from model.preflight.prices import PricingModel
 from model.preflight.progress import Progress
 from model.preflight.remedies import find_remedies
@@ -60,6 +61,8 @@ class Arguments:
     """Which list price."""
     json: bool = False
     """Print JSON alone on standard output."""
+    evaluation: bool = False
+    """Compile the evaluation instead of the train step, with the job's own remat policy, microbatches and mesh."""
     no_search: bool = False
     """Compile one setting: what is given, else full remat, the batch at once."""
     plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png")] = None
@@ -146,7 +149,12 @@ def _preflight(job: Job, flags: Arguments) -> int:
         _check_plot(flags.plot)
     console = Console(stderr=True)
     with Progress(console) as progress:
-        search = Search(job, tpu_slice, progress.compile if not flags.no_cache else progress.compile_afresh)
+        compile_program = progress.compile if not flags.no_cache else progress.compile_afresh
+        if flags.evaluation:
+            fit = evaluation_fit(job, compile_program)
+            print(fit.model_dump_json(indent=1) if flags.json else fit)
+            return FITS if fit.fits else DOES_NOT_FIT
+        search = Search(job, tpu_slice, compile_program)
         fixed = Fixed.of(job, num_chips, remat=flags.remat, microbatches=flags.microbatches)
         remedies = None
         if flags.no_search:

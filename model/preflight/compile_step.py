@@ -1,4 +1,4 @@
-"""The child process that compiles one step for a TPU slice: `python -m model.preflight.compile_step DIRECTORY`.
+"""The child process that compiles one program for a TPU slice: `python -m model.preflight.compile_step DIRECTORY`.
 
 The directory holds `order.json`; the compiler's own reports are written beside it, and whoever made it removes it.
 
@@ -9,6 +9,7 @@ the compiler keeps gigabytes, writes to standard error as it likes, and can take
 from __future__ import annotations
 
 import functools
+import math
 import re
 import resource
 import sys
@@ -39,7 +40,7 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def compile_step(order: CompileOrder, dump: Path) -> CompileOutcome:
-    """Traces, lowers and compiles the step, and reads its costs.
+    """Traces, lowers and compiles the program, and reads what it costs: of a train step everything, of an evaluation its memory.
 
     dump: a directory for what the compiler reports.
 
@@ -51,6 +52,10 @@ def compile_step(order: CompileOrder, dump: Path) -> CompileOutcome:
     program = _program(order, dump)
     if isinstance(program, CompileFailure):
         return CompileOutcome(failure=program)
+    if order.program == "evaluation":
+        memory = _memory(program, assigned_bytes(dump))
+        beside = _state_bytes_beside_weights(order, program.mesh)
+        return CompileOutcome(evaluation=memory.model_copy(update={"arguments": memory.arguments + beside}))
     alone = program
     if order.num_slices > 1 and any(slice_named(order.slice_name).wrap):
         alone = _program(_one_slice(order), dump / "alone")
@@ -99,11 +104,37 @@ def _one_slice(order: CompileOrder) -> CompileOrder:
 
 
 def _lower(order: CompileOrder, mesh: Mesh) -> Any:
-    from model.train_step import abstract_batch, abstract_state, make_train_step
+    from model.train_step import abstract_batch, abstract_state, make_eval_step, make_train_step
 
-    count = BatchArithmetic.of(order.train, mesh.devices.size).num_microbatches
-    batch = abstract_batch((order.train.batch_schedule.largest, _seq_len(order)), mesh)
-    return make_train_step(order.model, order.train, mesh, count).lower(abstract_state(order.model, order.train, mesh), batch)
+    batch, state = BatchArithmetic.of(order.train, mesh.devices.size), abstract_state(order.model, order.train, mesh)
+    if order.program == "evaluation":
+        held_out = abstract_batch((batch.eval_rows(order.train), _seq_len(order)), mesh)
+        return make_eval_step(order.model, order.train, mesh).lower(state.eval_params, held_out)
+    whole = abstract_batch((order.train.batch_schedule.largest, _seq_len(order)), mesh)
+    return make_train_step(order.model, order.train, mesh, batch.num_microbatches).lower(state, whole)
+
+
+def _state_bytes_beside_weights(order: CompileOrder, mesh: Mesh) -> int:
+    """What a chip holds of the train state without the weights that are evaluated."""
+    import jax
+
+    from model.train_step import abstract_state
+
+    def chip_bytes(tree: Any) -> int:
+        return sum(math.prod(part.sharding.shard_shape(part.shape)) * part.dtype.itemsize for part in jax.tree.leaves(tree))
+
+    state = abstract_state(order.model, order.train, mesh)
+    return chip_bytes(state) - chip_bytes(state.eval_params)
+
+
+def _memory(program: _Program, assigned: int | None) -> Memory:
+    declared = program.compiled.memory_analysis()
+    return Memory(
+        arguments=declared.argument_size_in_bytes,
+        temporaries=declared.temp_size_in_bytes,
+        code=declared.generated_code_size_in_bytes,
+        assigned=assigned,
+    )
 
 
 def _facts(order: CompileOrder, program: _Program, alone: _Program, assigned: int | None) -> CompileFacts:
@@ -131,15 +162,9 @@ def _facts(order: CompileOrder, program: _Program, alone: _Program, assigned: in
         model_flops_per_chip=train_flops_per_token(model, seq_len) * tokens_per_chip,
         executed_flops_per_chip=executed * tokens_per_chip * (1 + optimizer.further_gradients) + optimizer.flops,
     )
-    memory = program.compiled.memory_analysis()
     programs = {program, alone}
     return CompileFacts(
-        memory=Memory(
-            arguments=memory.argument_size_in_bytes,
-            temporaries=memory.temp_size_in_bytes,
-            code=memory.generated_code_size_in_bytes,
-            assigned=assigned,
-        ),
+        memory=_memory(program, assigned),
         roofline=bounds,
         mesh=dict(mesh.shape),
         attention=attention,

@@ -14,13 +14,14 @@ from model.train_config import SimpleTrainConfig
 
 
 class CompileOrder(Config):
-    """One step to compile: the configuration with its remat policy, microbatches and mesh, the slice, the compiler's options."""
+    """One program to compile: the configuration with its remat policy, microbatches and mesh, the slice, the compiler's options."""
 
     model: LlamaConfig
     train: SimpleTrainConfig
     slice_name: str
     num_slices: int = Field(ge=1)
     compiler_options: dict[str, str]
+    program: Literal["train", "evaluation"] = "train"
 
 
 class CollectiveTotal(Config):
@@ -75,14 +76,16 @@ class CompileFailure(Config):
 
 
 class CompileOutcome(Config):
-    """Exactly one of the two."""
+    """Exactly one of the three."""
 
     facts: CompileFacts | None = None
+    evaluation: Memory | None = Field(default=None, description="Of an evaluation, while the whole train state lies in HBM.")
     failure: CompileFailure | None = None
 
     @property
     def is_final(self) -> bool:
         """Whether another compilation would say the same: no full disk, no lack of memory on this machine can be behind it."""
-        if self.facts is not None:
-            return self.facts.memory.assigned is not None
+        memory = self.evaluation if self.facts is None else self.facts.memory
+        if memory is not None:
+            return memory.assigned is not None
         return self.failure is not None and self.failure.kind == "out_of_memory"

@@ -8,6 +8,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.status import Status
 
+from model.flops import GIB
 from model.preflight.compiler import Compiled, compile_order
 from model.preflight.facts import CompileOrder
 
@@ -61,8 +62,10 @@ class Progress:
 
         compiled = compile_order(order, on_stage, use_cache=use_cache)
         if not compiled.from_cache:
-            facts = compiled.outcome.facts
+            facts, evaluation = compiled.outcome.facts, compiled.outcome.evaluation
             how = "no program" if facts is None else f"{facts.roofline.step_seconds:.3g} s a step at best"
+            if evaluation is not None:
+                how = f"{evaluation.total / GIB:.3g} GiB"
             seconds = time.monotonic() - started
             self._console.print(f"{label}: {how}, compiled in {seconds:.0f} s", markup=False, highlight=False, soft_wrap=True)
         return compiled
