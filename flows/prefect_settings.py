@@ -1,8 +1,13 @@
-"""Prefect settings of a local run. Import before Prefect; what the environment already says wins."""
+"""Settings of a process that runs flows: Prefect's, where the environment does not say otherwise, and no secrets in logs.
+
+Import before Prefect.
+"""
 
 from __future__ import annotations
 
 import os
+
+from model.secret_text import hide_secrets_in_logs
 
 _DEFAULTS = {
     # A busy laptop needs more than the 20 s that Prefect grants its own temporary server.
@@ -20,3 +25,4 @@ def apply() -> None:
 
 
 apply()
+hide_secrets_in_logs()

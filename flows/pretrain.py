@@ -11,6 +11,7 @@ from typing import Any
 from prefect import flow
 from prefect.states import Crashed, State
 
+import flows.prefect_settings  # noqa: F401  (no secrets in logs)
 from model.job import TrainingJob
 from tasks.bucket_runs import on_this_machine
 from tasks.children import ChildFailed, allow_children

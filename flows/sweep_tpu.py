@@ -31,17 +31,21 @@ async def sweep_tpu(
 
     Args:
         project: Google Cloud project. Unset: the slices simulated on this machine.
-        zones: Zones to look at.
+        zones: Zones of the project to look at.
         minutes: How long a slice must have been of no use; a worker that lives deletes it sooner.
         dry_run: Only list them.
     """
     from deployments.tpu.cloud import CloudTpu
     from deployments.tpu.emulator.address import running_emulator
 
+    if (project is None) != (not zones):
+        raise ValueError(
+            f"project={project!r} and zones={zones}: give both, to look at slices of Google Cloud, or neither, for those simulated here"
+        )
     log, deleted = get_run_logger(), []
     fields = SliceFields.model_construct(project=project)
     async with get_client() as client:
-        for zone in zones or ([] if project else [LOCAL_ZONE]):
+        for zone in zones or [LOCAL_ZONE]:
             parent = fields.parent(zone)
             cloud = CloudTpu(running_emulator(emulator_directory()) if is_local(parent) else os.environ.get(API_ADDRESS))
             for name, why in (await unneeded_slices(cloud, client, parent, minutes)).items():

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import traceback
+from typing import Any
 
 HIDDEN = "[hidden]"
-_SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL")
+# By whole words between underscores, so that TOKENIZERS_PARALLELISM is none.
+_SECRET_NAME = re.compile(
+    r"(?:^|_)(?:(?:API|ACCESS|PRIVATE)?KEYS?|TOKENS?|SECRETS?|PASS(?:WORD|WD|PHRASE)?|CREDENTIALS?|AUTH|WEBHOOK)(?:_|$)"
+)
 _IN_ADDRESS = re.compile(r"(?<=://)[^/\s@]+(?=@)|(?<=token=)[^&\s'\")]+|(?<=key=)[^&\s'\")]+")
 # What services themselves mark as secret by its form: Hugging Face, GitHub, Google, AWS, OpenAI and others like it, private keys.
 _FORMS = re.compile(
@@ -29,3 +35,27 @@ def without_secrets(text: str) -> str:
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
     return _FORMS.sub(HIDDEN, _IN_ADDRESS.sub(HIDDEN, text))
+
+
+def hide_secrets_in_logs() -> None:
+    """From now on no log record of this process, of any logger or library, holds what `without_secrets` leaves out."""
+    make = logging.getLogRecordFactory()
+    if getattr(make, "hides_secrets", False):
+        return
+
+    def record(*arguments: Any, **named: Any) -> logging.LogRecord:
+        made = make(*arguments, **named)
+        try:
+            said = made.getMessage()
+        except (TypeError, ValueError):  # a message that its arguments do not fit: the handler tells of that
+            return made
+        hidden = without_secrets(said)
+        if hidden != said:  # else they stay as they are: some formatters read the arguments
+            made.msg, made.args = hidden, None
+        if isinstance(made.exc_info, tuple) and made.exc_info[0] is not None:
+            trace = "".join(traceback.format_exception(*made.exc_info)).rstrip("\n")
+            made.exc_text = without_secrets(trace) if without_secrets(trace) != trace else made.exc_text
+        return made
+
+    record.hides_secrets = True  # pyright: ignore[reportFunctionMemberAccess]
+    logging.setLogRecordFactory(record)

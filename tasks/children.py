@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import IO, Any
 
 from model.child import HUNG, child_environment, events
+from model.secret_text import without_secrets
 from tasks.storage import FULL, REFUSED
 
 SAVE_SECONDS = 25.0  # what a preempted Cloud TPU VM grants, less some
@@ -91,10 +92,10 @@ def run_child(
         if process.returncode == stopped_status or (_stopping.is_set() and error is None and process.returncode != HUNG):
             raise ChildStopped(f"{module} was stopped", saved=process.returncode == stopped_status)
         if error is None:
-            raise ChildFailed(_last_words(module, process.returncode, stderr))
+            raise ChildFailed(without_secrets(_last_words(module, process.returncode, stderr)))
         if error.get("errno") in FULL | REFUSED:
             raise OSError(error["errno"], error["message"])
-        raise ChildFailed(error["message"], named=error.get("foreseen", True))
+        raise ChildFailed(without_secrets(error["message"]), named=error.get("foreseen", True))
 
 
 def _follow(process: subprocess.Popen[str], on_event: Callable[[dict[str, Any]], None]) -> dict[str, Any] | None:

@@ -155,9 +155,7 @@ class Following:
             self._tell(run)
             if state.is_final() and not may_be_tried_again(run):
                 break
-            if cancelled_at is None and stopping():
-                self._log.warning("cancelling flow run %s: it saves a checkpoint and gives its slice back", run.name)
-                self._client.set_flow_run_state(run.id, Cancelling())
+            if cancelled_at is None and stopping() and self._cancel(run):
                 cancelled_at = time.monotonic()
             if cancelled_at is not None and time.monotonic() - cancelled_at > CANCEL_SECONDS:
                 raise ChildStopped(
@@ -176,6 +174,16 @@ class Following:
             saved = f"and saved at step {steps[0]} of {self._job.train.num_train_steps}" if steps else "before its first checkpoint"
             raise ChildStopped(f"training {self._job.name} was cancelled {saved}: run the same command again to continue")
         raise ChildFailed(f"flow run {run.name} {state.name}: {state.message}", named=state.is_failed())
+
+    def _cancel(self, run: FlowRun) -> bool:
+        """Whether the run was cancelled: not where the API is away, which is asked again."""
+        try:
+            self._client.set_flow_run_state(run.id, Cancelling())
+        except httpx.HTTPError as error:
+            self._log.warning("flow run %s cannot be cancelled yet, and goes on: the Prefect API does not answer (%s)", run.name, error)
+            return False
+        self._log.warning("cancelling flow run %s: it saves a checkpoint and gives its slice back", run.name)
+        return True
 
     def _read(self) -> FlowRun:
         began = time.monotonic()

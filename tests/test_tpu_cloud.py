@@ -168,6 +168,9 @@ class Runs:
         (Runs("COMPLETED", ago=5), 20, None),
         (Runs("COMPLETED", ago=15), 20, "its run a run is Completed since"),
         (Runs("CRASHED", ago=15), 20, "its run a run is Crashed since"),
+        (Runs("SCHEDULED", ago=5), 20, None),
+        (Runs("SCHEDULED", ago=15), 20, "its run a run is Scheduled since"),  # it gets another slice
+        (Runs("CANCELLING", ago=15), 20, "its run a run is Cancelling since"),
     ],
 )
 def test_slices_that_nobody_needs(runs: Any, age: float, why: str | None) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from deployments.tpu import decide as policy
 from deployments.tpu.decide import FINAL, RETRIES, Action, Change, Limits, RunSeen, SliceSeen, decide, missing
+from deployments.tpu.host_agent import REFUSED
 from model.child import STOPPED
 from tasks import pool_training
 
@@ -35,6 +36,9 @@ def run(type_: str, **changed: object) -> RunSeen:
         (SLICE, PENDING, False, None),
         (replace(SLICE, exit_codes={1: 0}), RUNNING, False, None),
         (replace(SLICE, exit_codes={1: STOPPED}), RUNNING, False, None),
+        (replace(SLICE, exit_codes={0: STOPPED}), RUNNING, False, None),
+        (replace(SLICE, exit_codes={0: 143}), RUNNING, False, None),
+        (replace(SLICE, exit_codes={0: 143, 1: STOPPED}, halted_seconds=301), RUNNING, True, Change.HOST_FAILED),
         # preemption: only when no host can write any more, and not against the failures
         (replace(SLICE, state="SUSPENDING"), RUNNING, False, None),
         (replace(SLICE, state="SUSPENDED"), RUNNING, True, Change.PREEMPTED),
@@ -49,7 +53,10 @@ def run(type_: str, **changed: object) -> RunSeen:
         (replace(SLICE, exit_codes={0: None, 1: 1}), RUNNING, False, None),
         (replace(SLICE, exit_codes={1: None}, halted_seconds=301), RUNNING, True, Change.HOST_FAILED),
         (replace(SLICE, active_seconds=1801), PENDING, True, Change.HOST_FAILED),
+        (replace(SLICE, exit_codes={0: REFUSED}), PENDING, True, Change.GAVE_UP),
         # requests that Cloud TPU does not fulfil
+        (replace(SLICE, state="PROVISIONING", age_seconds=3601), PENDING, False, Change.WAIT),
+        (replace(SLICE, state="PROVISIONING", age_seconds=7201), PENDING, True, Change.NEXT_ZONE),
         (replace(SLICE, state="FAILED"), PENDING, True, Change.NEXT_ZONE),
         (replace(SLICE, state="FAILED"), replace(PENDING, zones_tried=2), True, Change.GAVE_UP),
         (replace(SLICE, state="FAILED"), RUNNING, True, Change.HOST_FAILED),
@@ -84,6 +91,13 @@ def test_rules(seen: SliceSeen, of: RunSeen | None, delete: bool, change: Change
     action = decide(seen, of, LIMITS)
     assert (action.delete, action.change) == (delete, change), action
     assert action.why or action == Action()
+
+
+def test_what_a_host_said_is_in_the_reason() -> None:
+    said = replace(SLICE, message="host 0: cannot read the secret S")
+    for code, of in ((REFUSED, PENDING), (1, PENDING), (1, RUNNING)):
+        assert "cannot read the secret S" in decide(replace(said, exit_codes={0: code}), of, LIMITS).why
+    assert "cannot read the secret S" in decide(replace(said, exit_codes={1: 1}), RUNNING, LIMITS).why
 
 
 STATES = ["CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE", "SUSPENDING", "SUSPENDED", "FAILED", "DELETING"]

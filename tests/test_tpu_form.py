@@ -45,11 +45,19 @@ def cloud(**changed: Any) -> TPUJobConfiguration:
         ({"provisioning": "flex-start"}, "choose 'spot', 'on-demand' or 'reserved'"),
         ({"max_cost": -1}, "greater than 0"),
         ({"env": {"WANDB_API_KEY": "canary"}}, "env names WANDB_API_KEY: job variables are stored in clear"),
+        ({"env": {"PREFECT_API_AUTH_STRING": "canary"}}, "env names PREFECT_API_AUTH_STRING"),
+        ({"env": {"AWS_SECRET_ACCESS_KEY": "canary", "MY_PASSWD": "canary"}}, "env names AWS_SECRET_ACCESS_KEY, MY_PASSWD"),
     ],
 )
 def test_refused(changed: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message.replace("(", r"\(")):
+    with pytest.raises(ValidationError, match=message.replace("(", r"\(")) as refused:
         cloud(**changed)
+    assert "canary" not in str(refused.value)
+
+
+def test_what_only_sounds_like_a_secret_is_taken() -> None:
+    env = {"TOKENIZERS_PARALLELISM": "false", "AUTHOR": "me", "MONKEY": "1"}
+    assert cloud(env=env).env == env
 
 
 @pytest.mark.parametrize("place", ["the pool", "the deployment"])

@@ -7,6 +7,7 @@ import base64
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ import pytest
 from deployments.tpu import host_agent
 from deployments.tpu.emulator.metadata import MetadataServer
 from deployments.tpu.host_agent import Metadata, Place, command_line
-from deployments.tpu.request import HOST_MODULES
+from deployments.tpu.request import CHECKOUT, HOST_MODULES, shutdown_script
 from tests.host_boot import boot, launch
 
 TPU_ENV = "ACCELERATOR_TYPE: 'v4-16'\nWORKER_ID: '1'"
@@ -77,7 +78,7 @@ def test_a_boot_runs_the_followers_command_and_reports(server: MetadataServer, a
     assert job == {"name": "a job"}
     assert environment["OWN"] == "value"
     assert environment["JAX_PROCESS_ID"] == "1"
-    assert said(server) == {"exit_code": "7", "phase": "ended", "process": "1"}
+    assert said(server) == {"exit_code": "7", "error": "", "phase": "ended", "process": "1"}
 
 
 def test_told_to_stop_it_passes_that_on_and_says_so(server: MetadataServer, attributes: dict[str, str], tmp_path: Path) -> None:
@@ -166,6 +167,7 @@ def test_a_secret_that_may_not_be_read_names_the_role(
     output, _ = boot(tmp_path, SECRET_MANAGER_ADDRESS=secret_manager).communicate(timeout=60)
     assert "cannot read the secret projects/p/secrets/other for HF_TOKEN (HTTP 403)" in output
     assert "roles/secretmanager.secretAccessor" in said(server)["error"]
+    assert said(server)["exit_code"] == str(host_agent.REFUSED)  # another slice would meet it again
 
 
 def test_with_an_image_the_command_runs_in_it(server: MetadataServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +175,7 @@ def test_with_an_image_the_command_runs_in_it(server: MetadataServer, tmp_path: 
     monkeypatch.setattr(host_agent, "DEVICES", tmp_path / "no-devices")
     place = Place(Metadata(), 1)
     told = launch("pass", image="host/image@sha256:1", directory=None)
-    command, _, environment = command_line(told, place, {"WANDB_API_KEY": "canary"}, tmp_path)
+    command, _, environment = command_line(told, place, {"WANDB_API_KEY": "canary", "CERTIFICATE": "two\nlines"}, tmp_path)
     assert command[:2] == ["docker", "run"]
     assert {"--rm", "--init", "--privileged", "--net=host", "memlock=-1:-1"} < set(command)
     assert command[command.index("host/image@sha256:1") + 1 :] == [sys.executable, "-c", "pass", str(tmp_path / "shared" / "job.json")]
@@ -186,6 +188,29 @@ def test_with_an_image_the_command_runs_in_it(server: MetadataServer, tmp_path: 
     assert listed.read_text() == "WANDB_API_KEY=canary\n"
     assert listed.stat().st_mode & 0o777 == 0o600
     assert "WANDB_API_KEY" not in environment
+    assert command[command.index("--env") + 1] == "CERTIFICATE"  # whose lines no such file can hold
+    assert environment["CERTIFICATE"] == "two\nlines"
+
+
+def test_the_shutdown_script_tells_the_agent_and_waits_for_it(tmp_path: Path) -> None:
+    """The agent is a service's grandchild that systemd leaves alone; what it is called is how it is found."""
+    name, ended = f"pl-{os.getpid()}", tmp_path / "ended"
+    program = (
+        "import pathlib, signal, sys, time; from deployments.tpu.host_agent import take_name\n"
+        f"def stop(*_): time.sleep(0.5); pathlib.Path({str(ended)!r}).touch(); sys.exit(0)\n"
+        f"signal.signal(signal.SIGTERM, stop); take_name({name!r}); print('ready', flush=True); signal.pause()"
+    )
+    script = tmp_path / "shutdown-script"
+    script.write_text(shutdown_script(name))
+    script.chmod(0o700)
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=CHECKOUT) as agent:
+        reaper = Thread(target=agent.wait, daemon=True)
+        assert agent.stdout is not None
+        assert agent.stdout.readline() == "ready\n"
+        reaper.start()
+        subprocess.run([script], check=True, timeout=60)
+        assert ended.exists()
+    subprocess.run([script], check=True, timeout=60)  # nobody is there to be told
 
 
 def test_every_user_of_the_image_may_use_the_chips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,11 +89,11 @@ def test_every_piece_is_there_once(store: str, monkeypatch: pytest.MonkeyPatch, 
 def test_secrets_are_hidden_in_both(store: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     log = HostLog()
     log.bucket = log_in(store, monkeypatch)
-    log.hide(["canary-of-tests", "true"])
-    log.follow(io.BytesIO(b"key=canary-of-tests ok=true\n"))
+    log.hide(["canary-of-tests\n", "true", "-----BEGIN\nfirst-line-of-two\nsecond-line-of-two"])
+    log.follow(io.BytesIO(b"key=canary-of-tests ok=true\n<first-line-of-two>\nsecond-line-of-two\n"))
     log.close()
-    assert content(store) == b"key=[hidden] ok=true\n"
-    assert capsys.readouterr().out == "key=[hidden] ok=true\n"
+    assert content(store) == b"key=[hidden] ok=true\n<[hidden]>\n[hidden]\n"
+    assert capsys.readouterr().out == content(store).decode()
 
 
 def test_a_bucket_that_refuses_is_told_once_and_ends_nothing(

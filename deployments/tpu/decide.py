@@ -6,10 +6,12 @@ exit codes that its hosts left, and from the flow run, whose past states count t
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+from deployments.tpu.host_agent import REFUSED
 from model.child import STOPPED
 
 # What the run is called in the UI while Cloud TPU is asked. Prefect takes a second PENDING state only under another name.
@@ -25,8 +27,11 @@ LEADER = 0
 FINISH_SECONDS = 60.0  # for host 0 to flush its logs after the run is final
 CANCEL_SECONDS = 60.0  # for a run that trains to save and stop after it was cancelled
 RETRY_SECONDS = 30.0  # a crashed run is tried again this soon or not at all: whoever waits for it gives up after that
+PROVISION_SECONDS = 3600.0  # for capacity that was granted to become a slice
 BOOT_SECONDS = 1800.0  # for an active slice's host 0 to start the run: the image is large
 HALT_SECONDS = 300.0  # between hosts that were told to shut down and a state of the slice that says why
+# How a host ends that is told to shut down: its agent says so (None); or its command alone was told, which saved, or not even that.
+HALTED = (None, STOPPED, 128 + signal.SIGTERM)
 
 
 class Change(Enum):
@@ -55,7 +60,7 @@ class SliceSeen:
     age_seconds: float = 0.0  # since it was asked for
     active_seconds: float = 0.0  # since the worker first saw it active: what is paid for
     halted_seconds: float = 0.0  # since the worker first saw a host told to shut down
-    message: str = ""  # Cloud TPU's own words, where it failed
+    message: str = ""  # Cloud TPU's own words, where it failed; else those of hosts that could not run their command
 
 
 @dataclass(frozen=True)
@@ -157,7 +162,8 @@ def _while_wanted(seen: SliceSeen, run: RunSeen, limits: Limits) -> Action:
         why = f"Cloud TPU failed the request: {seen.message or 'without a reason'}"
         return _failed(run, limits, why) if run.started else _not_granted(run, limits, why)
     if seen.state in WAITING_STATES:
-        if seen.age_seconds > limits.max_wait_seconds:
+        granted = seen.state == "PROVISIONING"  # then it was waited for, and comes soon
+        if seen.age_seconds > limits.max_wait_seconds + (PROVISION_SECONDS if granted else 0.0):
             return _not_granted(run, limits, f"no TPU after {seen.age_seconds / 60:.0f} minutes in the queue")
         name = WAITING_STATES[seen.state]
         show = run.type == "PENDING" and run.name != name
@@ -170,16 +176,20 @@ def _while_wanted(seen: SliceSeen, run: RunSeen, limits: Limits) -> Action:
 def _while_active(seen: SliceSeen, run: RunSeen, limits: Limits) -> Action:
     if _over_budget(seen, limits):
         return Action(delete=True, change=Change.GAVE_UP, why=f"max_cost is spent after {seen.active_seconds / 3600:.2f} hours")
-    halted = [rank for rank, code in seen.exit_codes.items() if code is None]
+    halted = [rank for rank, code in sorted(seen.exit_codes.items()) if code in HALTED]
     if halted:  # a preemption, a reboot, or a deletion: the slice's own state will say which
         if seen.halted_seconds > HALT_SECONDS:
             return _failed(run, limits, f"host(s) {halted} shut down and did not come back")
         return NOTHING
+    said = f": {seen.message}" if seen.message else ""
+    refused = [rank for rank, code in sorted(seen.exit_codes.items()) if code == REFUSED]
+    if refused:  # the next slice would meet the same refusal
+        return Action(delete=True, change=Change.GAVE_UP, why=f"host(s) {refused} could not begin{said}")
     if LEADER in seen.exit_codes:
-        return _failed(run, limits, f"host 0 ended with {seen.exit_codes[LEADER]} and left the run {run.name or run.type}")
-    dead = {rank: code for rank, code in seen.exit_codes.items() if code not in (0, STOPPED)}
+        return _failed(run, limits, f"host 0 ended with {seen.exit_codes[LEADER]} and left the run {run.name or run.type}{said}")
+    dead = {rank: code for rank, code in seen.exit_codes.items() if code != 0}
     if dead:
-        return _failed(run, limits, "ended: " + ", ".join(f"host {rank} with {code}" for rank, code in sorted(dead.items())))
+        return _failed(run, limits, "ended: " + ", ".join(f"host {rank} with {code}" for rank, code in sorted(dead.items())) + said)
     if run.type == "PENDING" and seen.active_seconds > BOOT_SECONDS:
         return _failed(run, limits, f"the slice is active, and host 0 did not start the run within {BOOT_SECONDS / 60:.0f} minutes")
     return NOTHING

@@ -12,9 +12,10 @@ import re
 from typing import TYPE_CHECKING, Any, Literal
 
 from prefect.workers.base import BaseJobConfiguration, BaseVariables
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from model.preflight.prices import PRICES
+from model.secret_text import is_secret_name
 from model.slices import SLICES, Slice, slice_named
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 RUNTIME_VERSIONS = {"v4": "tpu-ubuntu2204-base", "v5e": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e"}
 LOCAL_ZONE = "local-a"
-_SECRET_NAME = re.compile(r"(API_?KEY|TOKEN|PASSWORD|SECRET|CREDENTIALS)$", re.IGNORECASE)
 _BLOCK = re.compile(r"\{\{\s*prefect\.blocks\.([^\s}]+)")
 
 Provider = Literal["local", "cloud"]
@@ -153,9 +153,11 @@ class TPUVariables(BaseVariables, SliceFields):  # pyright: ignore[reportIncompa
 class TPUJobConfiguration(BaseJobConfiguration, SliceFields):
     """One job: the form's values for one flow run."""
 
+    model_config = ConfigDict(hide_input_in_errors=True)  # an error becomes the message of a state, which everybody can read
+
     @model_validator(mode="after")
     def _no_secrets_in_clear(self) -> TPUJobConfiguration:
-        named = [name for name in self.env if _SECRET_NAME.search(name)]
+        named = [name for name in self.env if is_secret_name(name)]
         if named:
             raise ValueError(
                 f"env names {', '.join(named)}: job variables are stored in clear. "

@@ -32,6 +32,9 @@ from deployments.tpu.host_log import BucketLog, HostLog
 LAUNCH = "prefect-llama-launch"  # the attribute that says what to run, as JSON
 NAMESPACE = "prefect-llama"  # of the guest attributes
 TERMINATED = "terminated"
+REFUSED = 78  # exit status of a host whose command cannot begin, here or on any other slice (EX_CONFIG)
+AGENT = "prefect-llama"  # name of this process, by which the shutdown script finds it
+SAVE_SECONDS = 40  # for a container to save after SIGTERM, before it is killed; Cloud TPU may take the host earlier
 CODE_DIRECTORY = Path("/opt/prefect-llama")
 CACHE_DIRECTORY = Path("/var/cache/prefect-llama")  # on the host's disk: a container that is started after a reboot finds it again
 CONTAINER = "prefect-llama"
@@ -82,6 +85,10 @@ class Metadata:
         raise AssertionError("unreachable")
 
 
+class Refused(SystemExit):
+    """What another boot would meet again."""
+
+
 class Place:
     """Where this host stands in the run: `process` of `processes`, and the address at which process 0 is found."""
 
@@ -118,9 +125,11 @@ def secrets(metadata: Metadata, names: dict[str, str]) -> dict[str, str]:
         request = urllib.request.Request(path, headers={"Authorization": f"Bearer {token}"})
         try:
             with urllib.request.urlopen(request, timeout=30) as answer:
-                values[variable] = base64.b64decode(json.load(answer)["payload"]["data"]).decode()
+                values[variable] = base64.b64decode(json.load(answer)["payload"]["data"]).decode().rstrip("\r\n")
         except urllib.error.HTTPError as error:
-            raise SystemExit(
+            if error.code == 429 or error.code >= 500:
+                raise
+            raise Refused(
                 f"cannot read the secret {name} for {variable} (HTTP {error.code}): give the slice's service account "
                 "roles/secretmanager.secretAccessor on it"
             ) from None
@@ -136,9 +145,11 @@ def command_line(launch: dict[str, Any], place: Place, environment: dict[str, st
     command = [part.replace("{job}", str(parameters)) for part in launch["leader" if place.process == 0 else "follower"]]
     if launch.get("image"):
         listed = work / "environment"
+        lines = {name: value for name, value in environment.items() if "\n" in value}  # such a file has one line for each value
         with open(os.open(listed, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
-            file.writelines(f"{name}={value}\n" for name, value in environment.items())
-        return [*docker_run(listed, shared), launch["image"], *command], work, dict(os.environ)
+            file.writelines(f"{name}={value}\n" for name, value in environment.items() if name not in lines)
+        by_name = [argument for name in lines for argument in ("--env", name)]
+        return [*docker_run(listed, shared), *by_name, launch["image"], *command], work, dict(os.environ, **lines)
     directory = Path(launch.get("directory") or CODE_DIRECTORY)
     return command, directory, dict(os.environ, **environment)
 
@@ -156,6 +167,7 @@ def docker_run(listed: Path, shared: Path) -> list[str]:
             node.chmod(node.stat().st_mode | 0o666)
     subprocess.run(["docker", "rm", "--force", CONTAINER], capture_output=True, check=False)  # of an agent that was killed
     flags = ["--rm", "--init", "--privileged", "--net=host", "--ulimit", "memlock=-1:-1", "--name", CONTAINER]
+    flags += ["--stop-timeout", str(SAVE_SECONDS)]
     mounts = [argument for place in (shared, CACHE_DIRECTORY) for argument in ("-v", f"{place}:{place}")]
     return ["docker", "run", *flags, "--env-file", str(listed), *mounts]
 
@@ -187,6 +199,11 @@ def get_code(launch: dict[str, Any], metadata: Metadata) -> None:
             subprocess.run(["git", "clone", "--no-checkout", launch["repository"], CODE_DIRECTORY], check=True)
         subprocess.run(["git", "-C", CODE_DIRECTORY, "checkout", "--force", launch["revision"]], check=True)
         subprocess.run(["make", "-C", CODE_DIRECTORY, "setup"], check=True)  # installs the locked, hash-checked packages
+
+
+def take_name(name: str) -> None:
+    """What this process is called by `ps` and `pkill`, 15 characters at most."""
+    LIBC.prctl(15, name.encode())  # PR_SET_NAME
 
 
 def die_with(parent: int) -> None:
@@ -248,15 +265,17 @@ def run_command(metadata: Metadata, child: Child, log: HostLog) -> int:
 
 def main() -> int:
     """One boot of this host; returns the exit status."""
+    take_name(AGENT)
     metadata, child, log = Metadata(), Child(), HostLog()
-    metadata.report("exit_code", "")  # what an earlier boot said is over
+    for name in ("exit_code", "error"):
+        metadata.report(name, "")  # what an earlier boot said is over
     metadata.report("phase", "starting")
     try:
         status = run_command(metadata, child, log)
     except (SystemExit, Exception) as error:
         log.say(f"error: {error}")
         metadata.report("error", str(error)[:1000])
-        status = 1
+        status = REFUSED if isinstance(error, Refused) else 1
     metadata.report("exit_code", TERMINATED if child.told_to_stop else status)
     log.close()
     metadata.report("phase", "ended")

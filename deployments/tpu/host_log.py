@@ -96,7 +96,8 @@ class HostLog:
 
     def hide(self, values: list[str]) -> None:
         """Leaves these values out from now on."""
-        self._secrets = sorted((value.encode() for value in values if len(value) >= SHORTEST_SECRET), key=len, reverse=True)
+        lines = {line.strip() for value in values for line in value.splitlines()}  # what is said comes by lines
+        self._secrets = sorted((line.encode() for line in lines if len(line) >= SHORTEST_SECRET), key=len, reverse=True)
 
     def say(self, text: str) -> None:
         """Adds a line of this script's own."""

@@ -21,7 +21,7 @@ from prefect.exceptions import Abort, ObjectNotFound
 from prefect.states import Crashed, Pending, Scheduled
 from prefect.utilities.engine import propose_state
 
-from deployments.tpu.decide import RETRIES, Action, Change, Limits, RunSeen, SliceSeen, decide, missing
+from deployments.tpu.decide import HALTED, RETRIES, Action, Change, Limits, RunSeen, SliceSeen, decide, missing
 from deployments.tpu.form import TPUJobConfiguration
 from deployments.tpu.request import LIMIT_LABELS, POOL_LABEL, RUN_LABEL, SliceName, label
 
@@ -162,7 +162,7 @@ class Reconciler:
 
     def _seen(self, each: CloudSlice) -> SliceSeen:
         now = datetime.datetime.now(datetime.UTC)
-        if any(code is None for code in each.exit_codes.values()):
+        if any(code in HALTED for code in each.exit_codes.values()):
             halted = time.monotonic() - self._halted.setdefault(each.name, time.monotonic())
         else:
             halted = 0.0

@@ -12,7 +12,7 @@ from uuid import UUID
 
 from deployments.tpu.environment import generation_environment
 from deployments.tpu.form import TPUJobConfiguration
-from deployments.tpu.host_agent import LAUNCH
+from deployments.tpu.host_agent import AGENT, LAUNCH
 
 HOST_MODULES = ("host_log", "host_agent")  # in the order in which they import each other
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -95,6 +95,14 @@ def startup_script() -> str:
     return textwrap.dedent(program)
 
 
+def shutdown_script(agent: str = AGENT) -> str:
+    """What a host runs when it goes down: tells the startup script, which systemd leaves alone (KillMode=process), and waits for it.
+
+    agent: what the startup script calls its process.
+    """
+    return f"#!/bin/sh\npkill -TERM -x {agent} || exit 0\nwhile pgrep -x {agent} > /dev/null; do sleep 0.2; done\n"
+
+
 def metadata(
     configuration: TPUJobConfiguration, parameters: dict[str, Any], python: str, port: int, logs: str | None = None
 ) -> dict[str, str]:
@@ -122,7 +130,12 @@ def metadata(
         "repository": configuration.repository,
         "revision": configuration.revision,
     }
-    found = {"startup-script": startup_script(), LAUNCH: json.dumps(launch), "enable-guest-attributes": "TRUE"}
+    found = {
+        "startup-script": startup_script(),
+        "shutdown-script": shutdown_script(),
+        LAUNCH: json.dumps(launch),
+        "enable-guest-attributes": "TRUE",
+    }
     if configuration.devices_per_host:
         found["simulated-devices-per-host"] = str(configuration.devices_per_host)
     return found

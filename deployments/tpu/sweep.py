@@ -10,6 +10,11 @@ from prefect.exceptions import ObjectNotFound
 from deployments.tpu.decide import FINAL
 from deployments.tpu.request import POOL_LABEL, SliceName
 
+# States of a run whose slice is of no use any more. One that is scheduled gets a new slice; one that is cancelled has had its time to save.
+# A run that is pending or running is left alone: no worker need live while it trains, and one that went silent is crashed by the automation
+# of `deployments.automations`, which makes it one of these.
+OVER = FINAL | {"SCHEDULED", "CANCELLING"}
+
 if TYPE_CHECKING:
     from prefect.client.orchestration import PrefectClient
 
@@ -43,6 +48,6 @@ async def why_unneeded(each: CloudSlice, client: PrefectClient, minutes: float) 
     newest = SliceName.parse(run.infrastructure_pid or "")
     if newest is not None and newest.attempt > name.attempt:
         return f"its run {run.name} went on to attempt {newest.attempt}"
-    if run.state is not None and run.state.type.value in FINAL and now - run.state.timestamp >= patience:
+    if run.state is not None and run.state.type.value in OVER and now - run.state.timestamp >= patience:
         return f"its run {run.name} is {run.state.name} since {run.state.timestamp:%Y-%m-%d %H:%M} UTC"
     return None
