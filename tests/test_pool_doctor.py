@@ -15,7 +15,7 @@ import grpc
 import pytest
 
 from deployments.tpu import cloud as cloud_module
-from deployments.tpu import doctor
+from deployments.tpu import doctor, quota
 from deployments.tpu.emulator.refusal import Refusal
 from deployments.tpu.emulator.service import Service
 from tasks.bucket_checks import clock_finding, storage_clock_finding
@@ -96,15 +96,17 @@ def clouds(tmp_path: Path) -> Iterator[Callable[..., Service]]:
 
 def look(service: Service, monkeypatch: pytest.MonkeyPatch, **changed: Any) -> list[Any]:
     monkeypatch.setenv(doctor.API_ADDRESS, service.start())
+    monkeypatch.setattr(quota, "read_metrics", lambda _: [])
     return doctor.cloud_findings(CLOUD.model_copy(update=changed))
 
 
 def test_cloud_tpu_answers_and_offers_the_slice(clouds: Callable[..., Service], monkeypatch: pytest.MonkeyPatch) -> None:
-    *zones, quota = look(clouds(), monkeypatch)
+    *zones, first, second = look(clouds(), monkeypatch)
     assert [zone.subject for zone in zones] == ["cloud tpu, us-central2-b", "cloud tpu, us-east5-a"]
     assert {zone.state for zone in zones} == {"ok"}
     assert "offers v4-16, has 0 queued resources" in zones[0].detail
-    assert "console.cloud.google.com/iam-admin/quotas" in quota.remedy
+    assert [first.subject, second.subject] == ["quota, us-central2-b", "quota, us-east5-a"]
+    assert "console.cloud.google.com/iam-admin/quotas" in first.remedy
     missing, *_ = look(clouds(), monkeypatch, accelerator_type="v4-15", zones=("us-central2-b",))
     assert (missing.state, missing.detail) == ("fail", "accelerator_type=v4-15 is not offered there")
 

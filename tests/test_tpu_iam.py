@@ -36,6 +36,8 @@ STORAGE_REQUESTS = {
 }
 # The same, before a slice is asked for and by the doctor: no host of a slice asks it.
 BUCKET_REQUESTS = {("GET", "b/{}"): {"storage.buckets.get"}}
+# Of Google's Service Usage, by the doctor.
+QUOTA_REQUESTS = {"consumerQuotaMetrics": {"serviceusage.quotas.get"}}
 # What hosts ask for before their command runs, by the URL that says it: secrets and the image.
 HOST_REQUESTS = {
     "https://secretmanager.googleapis.com": {"secretmanager.versions.access"},
@@ -65,6 +67,8 @@ def storage_requests_sent() -> set[tuple[str, str]]:
 
 def test_every_call_is_in_the_tables() -> None:
     assert tpu_methods_called() == TPU_METHODS.keys()
+    quota = (TPU / "quota.py").read_text(encoding="utf-8")
+    assert set(re.findall(r"/services/[\w.]+/(\w+)", quota)) == QUOTA_REQUESTS.keys()
     assert storage_requests_sent() == STORAGE_REQUESTS.keys() | BUCKET_REQUESTS.keys()
 
 
@@ -78,7 +82,7 @@ def test_hosts_write_their_logs_with_the_same() -> None:
 
 def test_the_roles_have_these_and_no_more() -> None:
     worker, slice_account = role("worker"), role("slice")
-    assert set(worker["includedPermissions"]) == set().union(*TPU_METHODS.values(), *BUCKET_REQUESTS.values())
+    assert set(worker["includedPermissions"]) == set().union(*TPU_METHODS.values(), *BUCKET_REQUESTS.values(), *QUOTA_REQUESTS.values())
     assert set(slice_account["includedPermissions"]) == set().union(*STORAGE_REQUESTS.values(), *HOST_REQUESTS.values())
 
 

@@ -1,4 +1,4 @@
-"""What can be wrong with Cloud TPU before a run: whether it answers this account, and offers the pool's slice in each of its zones."""
+"""What can be wrong with Cloud TPU before a run: whether it answers this account, offers the pool's slice in each zone, and so many."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import os
 from typing import TYPE_CHECKING
 
+from deployments.tpu.quota import quota_findings
 from deployments.tpu.worker import API_ADDRESS
 from tasks.findings import Finding
 from tasks.pool_settings import PoolSettings
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from deployments.tpu.cloud import CloudTpu
 
 ANSWER_SECONDS = 30.0
-QUOTA_PAGE = "https://console.cloud.google.com/iam-admin/quotas?service=tpu.googleapis.com&project="
 
 
 def cloud_findings(settings: PoolSettings) -> list[Finding]:
@@ -28,7 +28,8 @@ def cloud_findings(settings: PoolSettings) -> list[Finding]:
                 "cloud tpu", "fail", f"provider=cloud needs {lacking}", "set it in the work pool's form or the deployment's job_variables"
             )
         ]
-    return asyncio.run(_all_zones(settings))
+    zones = asyncio.run(_all_zones(settings))
+    return [*zones, *(quota_findings(settings) if any(zone.state == "ok" for zone in zones) else [])]
 
 
 async def _all_zones(settings: PoolSettings) -> list[Finding]:
@@ -40,9 +41,7 @@ async def _all_zones(settings: PoolSettings) -> list[Finding]:
         cloud = CloudTpu(os.environ.get(API_ADDRESS))
     except GoogleAuthError as error:
         return [Finding("cloud tpu", "fail", f"no Google credentials here ({error})", "run `gcloud auth application-default login`")]
-    zones = [await _zone(cloud, settings, zone) for zone in settings.zones]
-    quota = "how many chips the project may have is not told by the API of Cloud TPU: a request beyond it waits, then fails"
-    return [*zones, Finding("quota", "ok", quota, f"see {QUOTA_PAGE}{settings.project}")]
+    return [await _zone(cloud, settings, zone) for zone in settings.zones]
 
 
 async def _zone(cloud: CloudTpu, settings: PoolSettings, zone: str) -> Finding:
