@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import httpx
+from prefect.artifacts import create_link_artifact
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowFilter, FlowFilterName
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelling
+from prefect.utilities.urls import url_for
 
 from model.checkpoint_files import steps_in
 from model.job import TrainingJob
@@ -32,6 +34,7 @@ from tasks.compile_ahead import CompileAhead
 from tasks.formatting import duration
 from tasks.pool_checks import check_before_asking, on_slices_of
 from tasks.pool_settings import PoolSettings, job_variables
+from tasks.prefect_artifacts import keep
 from tasks.trainer_child import OUTCOME_FILE, read_outcome
 
 if TYPE_CHECKING:
@@ -60,8 +63,16 @@ def train_on_pool(job: TrainingJob, pool: str) -> None:
         variables = job_variables(job.train)
         settings = check_before_asking(client, job, deployment, variables, tell=run_logger().info)
         run = ask_for_run(client, job, deployment, variables)
+        publish_link(run, job.name)
         with compiling_ahead(job, settings) as ahead:
             Following(client, job, run.id, ahead).until_final()
+
+
+def publish_link(run: FlowRun, name: str) -> None:
+    """A link to the run that trains, also where an earlier control flow asked for it: Prefect shows it as that one's child alone."""
+    page = url_for(run)
+    if page is not None:  # no server of this process has pages
+        keep(lambda: create_link_artifact(page, run.name, key="training-run", description=f"Training {name} on the work pool"))
 
 
 @contextmanager

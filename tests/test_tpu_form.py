@@ -126,6 +126,8 @@ def test_the_slice_carries_what_its_run_may_use_up() -> None:
     assert (limits.max_preemptions, limits.max_failures, limits.num_zones, limits.max_wait_seconds) == (7, 2, 2, 10_800)
     assert limits.max_active_seconds == pytest.approx(3600, abs=1)
     assert limits_of(labels(cloud(), RUN, "p")).max_active_seconds == float("inf")
+    own = labels(cloud(labels={"Team": "Language Models", "prefect-flow-run-id": "mine", "prefect.io/flow-id": "f"}), RUN, "p")
+    assert own == {**labels(cloud(), RUN, "p"), "team": "language_models"}
 
 
 def test_what_hosts_are_told() -> None:

@@ -149,6 +149,10 @@ class SliceFields(BaseModel):
 class TPUVariables(BaseVariables, SliceFields):  # pyright: ignore[reportIncompatibleMethodOverride]
     """The work pool's form."""
 
+    name: str | None = Field(default=None, description="Of no use here: slices are named after their flow run.")
+    command: str | None = Field(default=None, description="Of no use here: hosts run this project.")
+    labels: dict[str, str] = Field(default={}, description="Labels of the slice in Google Cloud, for your bills.")
+
 
 class TPUJobConfiguration(BaseJobConfiguration, SliceFields):
     """One job: the form's values for one flow run."""

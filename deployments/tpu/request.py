@@ -48,7 +48,7 @@ def label(text: str) -> str:
 
 
 def labels(configuration: TPUJobConfiguration, flow_run: UUID, pool: str) -> dict[str, str]:
-    """By what a worker that knows nothing finds the slice again, and what its run may use up."""
+    """By what a worker that knows nothing finds the slice again, and what its run may use up; beside a person's own, for their bills."""
     seconds = configuration.max_active_seconds
     limits = {
         "max-preemptions": configuration.max_preemptions,
@@ -57,7 +57,8 @@ def labels(configuration: TPUJobConfiguration, flow_run: UUID, pool: str) -> dic
         "max-wait-seconds": int(configuration.valid_until * 3600),
         "max-active-seconds": "none" if seconds == float("inf") else int(seconds),
     }
-    return {POOL_LABEL: label(pool), RUN_LABEL: str(flow_run), **{name: str(limits[name]) for name in LIMIT_LABELS}}
+    own = {label(name): label(str(value)) for name, value in configuration.labels.items() if "/" not in name}  # Prefect's have one
+    return own | {POOL_LABEL: label(pool), RUN_LABEL: str(flow_run), **{name: str(limits[name]) for name in LIMIT_LABELS}}
 
 
 def bucket_root(job: dict[str, Any]) -> str | None:
