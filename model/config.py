@@ -9,7 +9,7 @@ the sums of attention are float32 in every form of it, whatever the compute dtyp
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -67,6 +67,16 @@ class RopeConfig(Config):
                 f"and rope.attention_factor"
             )
         return self
+
+
+# Of Levanter's LlamaConfig: what its `None` leaves to a default, and what asks for nothing where it is false or `None`.
+_NONE_IS_THE_DEFAULT = ("attn_backend", "cross_entropy_block_size")
+_REFUSED = {
+    "use_bias": "set model.attention_bias and model.mlp_bias",
+    "upcast_attn": "leave it out: scores and softmax of attention are float32 always",
+    "reference_checkpoint": "leave it out: an export has its own configuration, and initialize_from_hf names the weights to begin with",
+    "tokenizer": "name it in the mixture, data.tokenizer",
+}
 
 
 class LlamaConfig(Config):
@@ -127,6 +137,20 @@ class LlamaConfig(Config):
     )
     scan_layers: bool = runtime(True, description="One compiled layer scanned over the stack; off unrolls it.")
     cross_entropy_block_size: int = runtime(1024, ge=1, description="Tokens per chunk of the fused head and loss, on each device.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_over(cls, data: Any) -> Any:
+        """Arguments of the guide's LlamaConfig that are said in another way here: taken, or refused with what to write instead."""
+        if not isinstance(data, dict):
+            return data
+        values = {name: value for name, value in data.items() if value is not None or name not in _NONE_IS_THE_DEFAULT}
+        if "max_seq_len" in values and "seq_len" not in values:
+            values["seq_len"] = values.pop("max_seq_len")
+        for name, remedy in _REFUSED.items():
+            if value := values.pop(name, None):
+                raise ValueError(f"model.{name}={value!r} is of no use here: {remedy}")
+        return values
 
     @model_validator(mode="after")
     def _check(self) -> LlamaConfig:

@@ -45,6 +45,9 @@ def default_train(
     Raises:
         ValueError: two parts of the configuration contradict each other.
     """
+    for field, value in (("tags", tags), ("eval_harness_tasks", eval_harness_tasks), ("track", track)):
+        if isinstance(value, str):
+            raise ValueError(f"{field}={value!r} is one text where a list is meant: write [{value!r}]")
     if eval_harness_tasks and eval_harness is not None:
         raise ValueError(f"eval_harness_tasks={list(eval_harness_tasks)!r} and eval_harness say the same: leave one out")
     return RunConfig(

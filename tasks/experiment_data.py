@@ -159,13 +159,15 @@ def interpolate_mixture_configs(mixtures: Sequence[Mixture], weights: Sequence[f
         name: of the mixture. None: that of the first.
 
     Raises:
-        ValueError: their number is not that of the weights; tokenizers, packing or a dataset of one name differ; or rates change by step.
+        ValueError: their number is not that of the weights; tokenizers, packing, a dataset of one name or its limits differ; or rates
+            change by step.
     """
     if len(mixtures) != len(weights) or not mixtures:
         raise ValueError(f"interpolate_mixture_configs has {len(mixtures)} mixtures and {len(weights)} weights: give one for each")
     first = mixtures[0]
     datasets: dict[str, Dataset] = {}
     shares: dict[str, float] = {}
+    limits: dict[str, dict[str, Any]] = {field: {} for field in _LIMITS}
     for mixture, weight in zip(mixtures, weights, strict=True):
         for field in ("tokenizer", "packing", "simulated_epoching"):
             if getattr(mixture, field) != getattr(first, field):
@@ -175,9 +177,15 @@ def interpolate_mixture_configs(mixtures: Sequence[Mixture], weights: Sequence[f
         for dataset in mixture.datasets:
             if datasets.setdefault(dataset.name, dataset) != dataset:
                 raise ValueError(f"mixtures have different datasets named {dataset.name!r}: rename one")
+        for field in _LIMITS:
+            for dataset, limit in getattr(mixture, field).items():
+                if limits[field].setdefault(dataset, limit) != limit:
+                    raise ValueError(
+                        f"mixtures have different {field} of {dataset!r}, {limits[field][dataset]} and {limit} (in {mixture.name!r}): "
+                        "make them equal"
+                    )
         for part, share in mixture.shares()[0]["shares"].items():
             shares[part] = shares.get(part, 0.0) + weight * share
-    limits = {field: {k: v for mixture in reversed(mixtures) for k, v in getattr(mixture, field).items()} for field in _LIMITS}
     changed = {"name": name or first.name, "datasets": tuple(datasets.values()), "weights": shares, **limits}
     return Mixture(**{**dict(first), **changed})
 

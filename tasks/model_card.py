@@ -15,6 +15,7 @@ from model.secret_text import without_secrets
 from tasks.artifacts import Artifact, read_manifest
 from tasks.config import ExportConfig, TrainingStep
 from tasks.data_steps import RawFiles, RegisteredTask, TfdsTask
+from tasks.experiment_record import read_record
 from tasks.formatting import number
 from tasks.steps import Step
 from tasks.summary import four_digits
@@ -46,10 +47,10 @@ def model_card(step: Step, checkpoint: Artifact, directory: Path) -> str:
         f"{'scratch' if config.initial_weights is None else 'the weights of another one'} on {number(tokens)} tokens in "
         f"{config.train.num_train_steps:,} steps with prefect-llama. It goes on from a text; it was not taught to follow instructions"
         f"{' beyond what its data shows' if datasets else ''}, and was not made safe for any use.",
-        "## How to load it\n\n" + _how_to_load(training.name),
+        "## How to load it\n\n" + _how_to_load(),
         "## What it was trained on\n\n" + _dataset_table(datasets),
         "## How well it does\n\n" + _losses(stats.get("final") or {}),
-        "## How it was trained\n\n" + _configuration(config, export, training.fingerprint),
+        "## How it was trained\n\n" + _configuration(config, export, training.fingerprint, _code(checkpoint.path)),
         "## Licence\n\n" + LICENCE_PLACEHOLDER,
     ]
     return without_secrets("\n\n".join(parts)) + "\n"
@@ -87,14 +88,14 @@ def _front_matter(datasets: list[dict[str, Any]]) -> str:
     return f"---\n{lines}---"
 
 
-def _how_to_load(name: str) -> str:
+def _how_to_load() -> str:
     return (
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'place = "."  # this directory, or the repository on the hub\n'
+        'place = "."  # this directory, or the repository on the hub\n'
         "tokenizer = AutoTokenizer.from_pretrained(place)\nmodel = AutoModelForCausalLM.from_pretrained(place)\n"
         'ids = tokenizer("Once upon a time", return_tensors="pt")\n'
         "print(tokenizer.decode(model.generate(**ids, max_new_tokens=64)[0]))\n```\n\n"
-        f'or, with the project that made it, `python flows/generate.py {name}/hf "Once upon a time"`.'
+        'or, with the project that made it, `python flows/generate.py PLACE "Once upon a time"`, where PLACE is this directory.'
     )
 
 
@@ -113,7 +114,7 @@ def _losses(final: dict[str, Any]) -> str:
     """The last values of the curves: held-out text, all together and by dataset, and the training loss."""
     lines = ["| text | nats per token | bits per byte |", "|---|---|---|"]
     lines.append(f"| training, the last logged step | {four_digits(final.get('train/loss'))} | |")
-    for key in (key for key in final if key.startswith("eval/") and key.endswith("/loss")):
+    for key in (key for key in final if key.startswith("eval/") and key.endswith("/loss") and key != "eval/loss"):
         name = key.removeprefix("eval/").removesuffix("/loss")
         lines.append(f"| held out, {name} | {four_digits(final[key])} | {four_digits(final.get(f'eval/{name}/bpb'))} |")
     if "eval/loss" in final:
@@ -121,6 +122,14 @@ def _losses(final: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _configuration(config: TrainingStep, export: ExportConfig, fingerprint: str) -> str:
+def _code(training: str) -> str:
+    """The commit that was launched, by the record of the run."""
+    code = (read_record(training) or {}).get("code", {})
+    if not code.get("commit"):
+        return ""
+    return f" Code: commit `{code['commit']}`{' with uncommitted changes' if code.get('dirty') else ''}."
+
+
+def _configuration(config: TrainingStep, export: ExportConfig, fingerprint: str, code: str) -> str:
     told = {"model": config.model.identity(), "train": config.train.identity(), "export": export.identity()}
-    return f"Run `{fingerprint[:16]}`.\n\n```json\n{json.dumps(told, indent=1, sort_keys=True)}\n```"
+    return f"Run `{fingerprint[:16]}`.{code}\n\n```json\n{json.dumps(told, indent=1, sort_keys=True)}\n```"

@@ -62,6 +62,7 @@ class Plan:
     checkpoint_bytes: int
     components: tuple[PlannedComponent, ...]
     fetch_bytes: int  # source files to copy or download
+    token_bytes: int  # of tokens to make, by estimate
     warnings: tuple[str, ...]  # what may go wrong, by estimates or by what cannot be seen from here, a sentence each
 
     @property
@@ -136,6 +137,7 @@ def plan_run(config: RunConfig, root: str | Place, *, only: str | None = None, f
         checkpoint_bytes=checkpoint_bytes(config, model),
         components=data.components,
         fetch_bytes=fetch_bytes,
+        token_bytes=token_bytes,
         warnings=(*_all_warmup(config), *not_listed(unlisted), *data.warnings, *space),
     )
 
@@ -263,7 +265,8 @@ def plan_lines(plan: Plan) -> list[str]:
         f"batch: {batch}",
         f"mesh: {mesh}, {train.compute_dtype} arithmetic, float32 weights",
         f"time: about {duration(plan.seconds)} of training on this machine" if plan.seconds else "time: depends on the accelerator",
-        f"disk: up to {size(plan.checkpoint_bytes)} of checkpoints below {plan.root}",
+        f"disk: up to {size(plan.checkpoint_bytes)} of checkpoints, {size(plan.fetch_bytes)} of source files and about "
+        f"{size(plan.token_bytes)} of tokens, below {plan.root}",
         *(f"warning: {warning}" for warning in plan.warnings),
     ]
 

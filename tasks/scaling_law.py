@@ -23,6 +23,7 @@ HUBER = 1e-3  # of Hoffmann et al.: residuals beyond a thousandth count linearly
 MOST_TOGETHER = 0.99  # correlation of log N and log D above which their terms cannot be told apart
 _EXPONENTS, _FLOORS, _BEST_STARTS = (0.1, 0.25, 0.5, 1.0), (0.2, 0.6, 0.95), 12
 _SMALLEST_EXPONENT, _LARGEST_EXPONENT = 1e-3, 5.0
+_LEAST_SLOPE = 1e-4  # of the logarithm of any loss over the logarithm of a coefficient: below that the runs say nothing of it
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,11 @@ def _starts(x: Vector, y: Vector) -> list[Vector]:
     return found
 
 
+def _at_bound(value: float, index: int, k: int) -> bool:
+    """Whether a parameter is an exponent that was held by its bound."""
+    return k <= index < 2 * k and not _SMALLEST_EXPONENT * 1.001 < value < _LARGEST_EXPONENT * 0.999
+
+
 def _coefficients(theta: Vector, slopes: Vector, residual: Vector, middle: Vector) -> tuple[Coefficient, ...]:
     """With 95 % intervals of Student's t, by the slopes at the optimum (Gauss-Newton)."""
     import numpy as np
@@ -211,7 +217,9 @@ def _coefficients(theta: Vector, slopes: Vector, residual: Vector, middle: Vecto
         # far beyond what a float holds an interval says nothing more
         show = (lambda value: math.exp(min(max(value, -700.0), 700.0))) if logarithm else float
         value = float(plain[index])
-        interval = None if half is None else (show(value - half[index]), show(value + half[index]))
+        # at a bound, or without weight in any prediction, slopes say nothing of it: an interval would have no width
+        told = half is not None and abs(slopes[:, index]).max() > _LEAST_SLOPE and not _at_bound(theta[index], index, k)
+        interval = None if half is None or not told else (show(value - half[index]), show(value + half[index]))
         return Coefficient(name, show(value), interval)
 
     amplitudes = [one(name, i, logarithm=True) for i, name in enumerate(("A", "B")[:k])]

@@ -73,10 +73,11 @@ class Prefect:
         """The runs of a flow, the newest last."""
         return self.post("/flow_runs/filter", flows={"name": {"any_": [flow]}}, sort="EXPECTED_START_TIME_ASC")
 
-    def wait_for_last_run(self, count: int) -> dict[str, Any]:
+    def wait_for_last_run(self, count: int, flow: str = "train-llama") -> dict[str, Any]:
+        """The last of so many runs of a flow, when it has ended."""
         deadline = time.monotonic() + 400
         while time.monotonic() < deadline:
-            runs = self.flow_runs()
+            runs = self.flow_runs(flow)
             if len(runs) == count and runs[-1]["state"]["type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):
                 return runs[-1]
             time.sleep(1)

@@ -73,6 +73,10 @@ def test_a_mixture_between_mixtures_has_the_mean_of_their_shares() -> None:
     assert between.shares()[0]["shares"] == pytest.approx({"plays": 0.7, "sonnets": 0.3})
     with pytest.raises(ValueError, match=r"2 mixtures and 1 weights"):
         interpolate_mixture_configs([mixture, even], [1.0])
+    limited = [Mixture(**{**dict(mixture), "max_epochs": {"plays": epochs}}) for epochs in (2, 5)]
+    assert interpolate_mixture_configs([mixture, limited[1]], [0.5, 0.5]).max_epochs == {"plays": 5}
+    with pytest.raises(ValueError, match=r"different max_epochs of 'plays', 2.* and 5"):
+        interpolate_mixture_configs(limited, [0.5, 0.5])
     with pytest.raises(ValueError, match=r"differ in tokenizer"):
         interpolate_mixture_configs([mixture, mixture.model_copy(update={"tokenizer": llama3_tokenizer})], [0.5, 0.5])
 
@@ -97,6 +101,26 @@ def test_simulated_epoching_is_of_this_runs_tokens() -> None:
     assert (simulated.experiment_tokens, simulated.target_tokens) == (4 * 10 * 64, 25_600)
     with pytest.raises(ValueError, match=r"target_budget=100 is below the 2560 tokens of this run"):
         simulated_epoching_train("sim", shakespeare_mixture(), MODEL, TRAIN, target_budget=100)
+
+
+def test_one_text_is_no_list() -> None:
+    for field in ("tags", "eval_harness_tasks", "track"):
+        with pytest.raises(ValueError, match=rf"{field}='core' is one text where a list is meant: write \['core'\]"):
+            default_train("mine", shakespeare_mixture(), MODEL, TRAIN, **{field: "core"})  # pyright: ignore[reportArgumentType]
+
+
+def test_a_model_as_the_guide_writes_it() -> None:
+    sizes = {"hidden_dim": 32, "intermediate_dim": 64, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1}
+    nothing = {
+        "use_bias": False,
+        "upcast_attn": False,
+        "reference_checkpoint": None,
+        "attn_backend": None,
+        "cross_entropy_block_size": None,
+    }
+    assert LlamaConfig(max_seq_len=64, **sizes, **nothing) == MODEL  # pyright: ignore[reportCallIssue]
+    with pytest.raises(ValueError, match=r"model\.use_bias=True is of no use here: set model\.attention_bias and model\.mlp_bias"):
+        LlamaConfig(**sizes, use_bias=True)  # pyright: ignore[reportCallIssue]
 
 
 def test_tasks_of_lm_eval_are_said_once() -> None:

@@ -17,6 +17,7 @@ from model.train_config import SimpleTrainConfig
 from tasks.artifacts import Artifact, commit
 from tasks.config import ExportConfig, TrainingStep
 from tasks.data_steps import RawFiles
+from tasks.experiment_record import write_record
 from tasks.hub_push import push_export
 from tasks.model_card import CARD, LICENCE_PLACEHOLDER, model_card
 from tasks.steps import Step
@@ -50,6 +51,7 @@ def exported(tmp_path: Path) -> Path:
     final = {"train/loss": 3.5, "eval/loss": 3.25, "eval/bpb": 1.75, "eval/web/loss": 3.25, "eval/web/bpb": 1.75}
     stats = {"step": 12, "final": final, "components": {"web": {"tokens": 6144.0, "epochs": 2.5}}}
     checkpoint: Artifact = commit(directory, training, files=[], stats=stats)
+    write_record(directory, {"code": {"commit": "0123abcd", "dirty": True}})
     (directory / "hf").mkdir()
     for name, data in HF.items():
         (directory / "hf" / name).write_bytes(data)
@@ -64,6 +66,8 @@ def test_the_card_says_what_the_model_is_and_comes_from(exported: Path) -> None:
     assert 'datasets: ["org/web"]' in card
     assert "| [web](https://huggingface.co/datasets/org/web) | CC-BY-4.0 | v3 | 6,144 | 2.5 |" in card
     assert "| held out, all | 3.2500 | 1.7500 |" in card
+    assert card.count("| held out, ") == 2
+    assert "Code: commit `0123abcd` with uncommitted changes." in card
     assert "AutoModelForCausalLM.from_pretrained" in card
     assert LICENCE_PLACEHOLDER in card
     told = json.loads(card.split("```json\n")[1].split("\n```")[0])

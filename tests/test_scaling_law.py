@@ -52,6 +52,15 @@ def test_it_says_how_uncertain_it_is() -> None:
     assert "best use of" in law.lines()[-1]
 
 
+def test_what_no_run_tells_of_has_no_interval() -> None:
+    """Losses that fall with a power of the FLOPs alone: the floor is zero, of which slopes say nothing."""
+    points = [LawPoint(str(n), 1e7 * n, 2e8, 1.2e16 * n, 50 * (1.2e16 * n) ** -0.06) for n in (1, 2, 4, 8)]
+    floor = next(each for each in fit_law(points, law="compute").coefficients if each.name == "E")
+    assert floor.value < 1e-3
+    assert floor.interval is None
+    assert "uncertainty unknown" in str(floor)
+
+
 def test_an_outlier_moves_it_little() -> None:
     points = ladder()
     broken = points[7]

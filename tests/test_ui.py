@@ -116,3 +116,22 @@ def test_form_progress_and_artifacts(prefect: Prefect, page: Page, pictures: Pat
     page.goto(f"{ui}/artifacts/artifact/{made['loss-curve']['id']}")
     page.wait_for_function("[...document.images].some(image => image.src.startsWith('data:image/png') && image.naturalWidth > 300)")
     page.screenshot(path=pictures / "loss-curve.png")
+
+
+def test_the_form_and_the_table_of_a_sweep(prefect: Prefect, page: Page, pictures: Path) -> None:
+    ui = prefect.api.removesuffix("/api")
+    deployment = answer(prefect, "/deployments/name/sweep-llama/sweep-llama")["id"]
+    page.goto(f"{ui}/deployments/deployment/{deployment}/run")
+    for field in ("grid", "random", "max_concurrent", "budget", "pool"):
+        page.get_by_text(f"{field} (Optional)", exact=True).first.wait_for()
+    page.screenshot(path=pictures / "sweep-form.png")
+
+    grid = ["train.learning_rate=1e-3,3e-3", "train.weight_decay=0.1,0.01"]
+    prefect.post(f"/deployments/{deployment}/create_flow_run", parameters={"num_train_steps": 12, "train_batch_size": 4, "grid": grid})
+    assert prefect.wait_for_last_run(1, "sweep-llama")["state"]["type"] == "COMPLETED", (prefect.home / "worker.log").read_text()[-3000:]
+    made = artifacts(prefect)
+    page.goto(f"{ui}/artifacts/artifact/{made['sweep-debug']['id']}")
+    page.get_by_text("debug-learning_rate-0.003-weight_decay-0.01").first.wait_for()
+    page.screenshot(path=pictures / "sweep-table.png")
+    page.goto(f"{ui}/artifacts/artifact/{made['sweep-debug-summary']['id']}")
+    page.get_by_text("4 of 4 arms finished").first.wait_for()
