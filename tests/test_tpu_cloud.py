@@ -155,9 +155,7 @@ def test_a_node_is_lost_when_the_node_is_not_found(clouds: Callable[..., Service
     against(clouds(around=faults), test)
 
 
-@pytest.mark.parametrize(
-    ("code", "error"), [(grpc.StatusCode.UNAVAILABLE, Unavailable), (grpc.StatusCode.RESOURCE_EXHAUSTED, Exhausted)]
-)
+@pytest.mark.parametrize(("code", "error"), [(grpc.StatusCode.UNAVAILABLE, Unavailable), (grpc.StatusCode.RESOURCE_EXHAUSTED, Exhausted)])
 def test_what_does_not_pass_is_told_after_a_while_longer_for_a_request(
     clouds: Callable[..., Service], code: grpc.StatusCode, error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,7 +188,7 @@ def test_credentials_that_are_not_there_are_told_with_the_remedy(monkeypatch: py
         raise DefaultCredentialsError("Your default credentials were not found")
 
     monkeypatch.setattr(tpu_v2, "TpuAsyncClient", nowhere)
-    with pytest.raises(Refused, match="not found.*: run `gcloud auth application-default login`"):
+    with pytest.raises(Refused, match=r"not found.*: run `gcloud auth application-default login`"):
         CloudTpu()
 
 

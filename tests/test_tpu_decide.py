@@ -76,6 +76,8 @@ def run(type_: str, **changed: object) -> RunSeen:
         (SLICE, run("FAILED"), True, None),
         (SLICE, run("CRASHED", settled_seconds=5), True, Change.HOST_FAILED),
         (SLICE, run("CRASHED", settled_seconds=31), False, None),
+        (SLICE, run("CRASHED", settled_seconds=5, age_seconds=119), True, Change.HOST_FAILED),
+        (SLICE, run("CRASHED", settled_seconds=5, age_seconds=121), False, None),
         (SLICE, run("CRASHED", settled_seconds=61), True, None),
         (replace(SLICE, state="SUSPENDING"), run("CRASHED", settled_seconds=5), True, Change.PREEMPTED),
         (SLICE, run("CRASHED", settled_seconds=5, failures=1), False, None),
@@ -156,6 +158,6 @@ def test_a_run_whose_slice_is_gone() -> None:
 
 
 def test_whoever_waits_for_a_run_waits_longer_than_it_may_be_tried_again() -> None:
-    assert pool_training.CRASH_SECONDS > policy.RETRY_SECONDS + 10
+    assert pool_training.CRASH_SECONDS > policy.RETRY_AGE_SECONDS + 10
     assert Change.GAVE_UP.value == pool_training.GAVE_UP
     assert pool_training.CANCEL_SECONDS > policy.CANCEL_SECONDS
