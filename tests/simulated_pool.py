@@ -36,7 +36,6 @@ class Server:
         self.deployments: list[Any] = []
         self.artifacts: list[Any] = []
         self.ahead = datetime.timedelta(seconds=ahead)
-        self.before_set: Any = None  # called before a state is set
 
     def run(self, type_: str, name: str = "", *, pid: str | None = None, ago: float = 0.0, **fields: Any) -> Any:
         written = {"infrastructure_pid": pid, "labels": {}, "deployment_id": None, "job_variables": {}, "parameters": {}, "state": None}
@@ -83,8 +82,6 @@ class Server:
         self.runs[run] = SimpleNamespace(**{**vars(self.runs[run]), "infrastructure_pid": infrastructure_pid})
 
     async def set_flow_run_state(self, run: UUID, state: State, force: bool = False) -> Any:
-        if self.before_set is not None:
-            self.before_set()
         self.put(run, state)
         return OrchestrationResult(state=self.runs[run].state, status=SetStateStatus.ACCEPT, details=StateAcceptDetails())
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 from dataclasses import replace
+from email.utils import format_datetime
+from types import SimpleNamespace
+from typing import Any
 
+import httpx
 import pytest
+from prefect.states import Crashed
 
 from deployments.tpu import decide as policy
 from deployments.tpu.decide import FINAL, RETRIES, Action, Change, Limits, RunSeen, SliceSeen, decide, missing
@@ -161,3 +167,31 @@ def test_whoever_waits_for_a_run_waits_longer_than_it_may_be_tried_again() -> No
     assert pool_training.CRASH_SECONDS > policy.RETRY_AGE_SECONDS + 10
     assert Change.GAVE_UP.value == pool_training.GAVE_UP
     assert pool_training.CANCEL_SECONDS > policy.CANCEL_SECONDS
+
+
+@pytest.mark.parametrize("ahead", [-600, 0, 600])  # seconds of the server's clock before this machine's
+def test_whoever_waits_goes_by_the_clock_that_workers_go_by(ahead: int) -> None:
+    there = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=ahead)
+    answers = [httpx.Response(status, headers={"Date": format_datetime(there, usegmt=True)}) for status in (200, 404)]
+
+    def crashed(ago: float) -> Any:
+        return SimpleNamespace(state=Crashed(timestamp=there - datetime.timedelta(seconds=ago)))
+
+    def no_such_page() -> httpx.Response:
+        raise httpx.HTTPStatusError("404", request=httpx.Request("GET", "http://x"), response=answers[1])
+
+    for hello in (lambda: answers[0], no_such_page):
+        client: Any = SimpleNamespace(hello=hello)
+        assert pool_training.may_be_tried_again(client, crashed(policy.RETRY_AGE_SECONDS))
+        assert not pool_training.may_be_tried_again(client, crashed(pool_training.CRASH_SECONDS + 5))
+
+
+def test_while_the_server_is_away_nobody_gives_up_a_crashed_run() -> None:
+    def away() -> None:
+        raise httpx.ConnectError("away")
+
+    client: Any = SimpleNamespace(hello=away)
+    run: Any = SimpleNamespace(state=Crashed())
+    assert pool_training.may_be_tried_again(client, run)
+    run.state = Crashed(name=Change.GAVE_UP.value)
+    assert not pool_training.may_be_tried_again(client, run)

@@ -18,15 +18,11 @@ from deployments.tpu.reconcile import Reconciler
 from deployments.tpu.worker import TPUWorker
 from tests.simulated_pool import FIRST, FORM, SECOND, ZONES, Clouds, Server, now, worker
 
-LOGGER = "worker.w"
 
-
-def looks(*loops: Reconciler, times: int = 1) -> None:
-    """All of them at once, so many times."""
-
+def looks(loop: Reconciler, times: int = 1) -> None:
     async def look() -> None:
         for _ in range(times):
-            await asyncio.gather(*(each.look() for each in loops))
+            await loop.look()
 
     asyncio.run(look())
 
@@ -132,35 +128,28 @@ def test_the_loop_comes_soon_whatever_an_old_form_says() -> None:
     assert TPUWorker.get_default_base_job_template()["variables"]["properties"]["poll_seconds"]["maximum"] == 10
 
 
-def test_two_workers_count_one_crash_once() -> None:
-    server, clouds = Server(), Clouds()
-    run = server.run("CRASHED")
-    name = clouds.put(run, exit_codes={0: 1})
-    looks(*(Reconciler(worker(server, clouds, each, **FORM)) for each in ("w", "v")))
-    assert server.names(run) == ["Crashed", "HostFailed"]
-    assert set(clouds.deleted) == {name}
-
-
-def test_a_run_that_another_worker_took_up_again_meanwhile_is_left_alone() -> None:
+@pytest.mark.parametrize("later", [[], [(StateType.PENDING, "WaitingForTPU"), (StateType.RUNNING, "Running")]])
+def test_what_another_worker_did_meanwhile_is_not_done_again(later: list[tuple[StateType, str]]) -> None:
     server, clouds = Server(), Clouds()
     run = server.run("CRASHED")
     old = clouds.put(run, exit_codes={0: 1})
     loop = Reconciler(worker(server, clouds, **FORM))
-    read = server.read_flow_run_states
+    read, expected = server.read_flow_run_states, ["Crashed", "HostFailed", *(name for _, name in later)]
 
     async def taken_up(identity: Any) -> list[State]:
         states = await read(identity)
-        for type_, name in ((StateType.SCHEDULED, "HostFailed"), (StateType.PENDING, "WaitingForTPU"), (StateType.RUNNING, "Running")):
+        for type_, name in [(StateType.SCHEDULED, "HostFailed"), *later]:
             server.put(identity, State(type=type_, name=name))
-        clouds.put(run, attempt=2)
+        if later:
+            clouds.put(run, attempt=2)
         server.read_flow_run_states = read
         return states
 
     server.read_flow_run_states = taken_up
     looks(loop)
-    assert server.names(run) == ["Crashed", "HostFailed", "WaitingForTPU", "Running"]
+    assert server.names(run) == expected
     looks(loop, times=2)
-    assert server.names(run) == ["Crashed", "HostFailed", "WaitingForTPU", "Running"]
+    assert server.names(run) == expected
     assert clouds.deleted == [old]
 
 
