@@ -86,7 +86,9 @@ def run(type_: str, **changed: object) -> RunSeen:
         (SLICE, run("CRASHED", settled_seconds=5, age_seconds=121), False, None),
         (SLICE, run("CRASHED", settled_seconds=61), True, None),
         (replace(SLICE, state="SUSPENDING"), run("CRASHED", settled_seconds=5), True, Change.PREEMPTED),
-        (SLICE, run("CRASHED", settled_seconds=5, failures=1), False, None),
+        (SLICE, run("CRASHED", settled_seconds=5, failures=1), False, Change.GAVE_UP),
+        (SLICE, run("CRASHED", settled_seconds=31, failures=1), False, None),
+        (replace(SLICE, active_seconds=7201), run("CRASHED", settled_seconds=5), False, Change.GAVE_UP),
         (SLICE, replace(RUNNING, type="CRASHED", name="GaveUp", settled_seconds=5), False, None),
         # slices that nobody needs
         (SLICE, None, True, None),
@@ -142,7 +144,7 @@ def test_every_combination_keeps_the_promises() -> None:
             assert of.type == "CANCELLING", case
         if final and action.change is not None:
             assert of.type == "CRASHED", case
-            assert action.change in (Change.HOST_FAILED, Change.PREEMPTED), case
+            assert action.change in (Change.HOST_FAILED, Change.PREEMPTED, Change.GAVE_UP), case
             assert of.name != Change.GAVE_UP.value, case
         if (final and of.settled_seconds > 60) or of.newest_slice != NAME or of.type == "SCHEDULED":
             assert action.delete or seen.state == "DELETING", case  # nothing is paid for that nobody needs

@@ -136,9 +136,15 @@ def _after_the_end(seen: SliceSeen, run: RunSeen, limits: Limits) -> Action:
     again = run.type == "CRASHED" and run.name != Change.GAVE_UP.value and soon
     if again and (seen.state in ("SUSPENDING", "SUSPENDED") or seen.lost_nodes) and run.preemptions < limits.max_preemptions:
         return _preempted(run, limits, "the run crashed when Cloud TPU took the slice back")
-    if again and run.failures < limits.max_failures and not _over_budget(seen, limits):
-        why = f"the run crashed: {run.message or 'without a reason'}; failure {run.failures + 1} of {limits.max_failures}"
-        return Action(delete=True, change=Change.HOST_FAILED, why=why)
+    if again:
+        over, why = _over_budget(seen, limits), f"the run crashed: {run.message or 'without a reason'}"
+        if run.failures < limits.max_failures and not over:
+            why = f"{why}; failure {run.failures + 1} of {limits.max_failures}"
+            return Action(delete=True, change=Change.HOST_FAILED, why=why)
+        # by the name that says it, or who waits for the run would wait on
+        return Action(
+            change=Change.GAVE_UP, why=f"{why}; " + ("max_cost is spent" if over else f"max_failures={limits.max_failures} is used up")
+        )
     if seen.state == "ACTIVE" and LEADER not in seen.exit_codes and run.settled_seconds < FINISH_SECONDS:
         return NOTHING  # host 0 still sends its logs
     return Action(delete=True, why=f"the run is {run.name or run.type}")

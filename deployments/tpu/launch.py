@@ -164,6 +164,8 @@ async def _wait_until_gone(worker: TPUWorker, older: list[CloudSlice], states: l
 
 async def _give_back_if_ended(worker: TPUWorker, flow_run: FlowRun, cloud: CloudTpu, made: str) -> None:
     """Deletes a slice whose run was cancelled or deleted while it was asked for; where that fails, the loop does it."""
+    from google.api_core.exceptions import GoogleAPICallError
+
     from deployments.tpu.cloud import Refused, Unavailable
 
     log = worker.get_flow_run_logger(flow_run)
@@ -176,7 +178,7 @@ async def _give_back_if_ended(worker: TPUWorker, flow_run: FlowRun, cloud: Cloud
         if ended:
             log.warning("deleting %s: the run is %s meanwhile", made, ended)
             await cloud.delete(made)
-    except (httpx.HTTPError, Refused, Unavailable) as error:
+    except (httpx.HTTPError, GoogleAPICallError, Refused, Unavailable) as error:
         log.warning("cannot see whether %s is still wanted, or delete it (%s); the worker looks again", made, error)
 
 
