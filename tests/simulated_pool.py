@@ -24,6 +24,7 @@ FIRST, SECOND = (CONFIGURATION.parent(zone) for zone in ZONES)
 
 
 def now() -> datetime.datetime:
+    """By this machine's clock."""
     return datetime.datetime.now(datetime.UTC)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
@@ -82,7 +83,7 @@ def test_what_hosts_say_may_fail_and_money_is_still_counted() -> None:
     looks(loop := Reconciler(worker(server, clouds, **FORM)))
     clouds.errors["with_hosts", name] = FailedPrecondition("no")
     labels = clouds.there[name].labels | {"max-active-seconds": "0"}
-    clouds.there[name] = clouds.there[name].__class__(name, "ACTIVE", labels, now())
+    clouds.there[name] = dataclasses.replace(clouds.there[name], labels=labels, active_since=None)
     looks(loop)
     assert server.names(run) == ["Running", "GaveUp"]
     assert clouds.deleted == [name]
@@ -100,6 +101,17 @@ def test_a_crashed_run_is_tried_again_whatever_the_clocks_say(ahead: float) -> N
     assert due is not None
     assert (due - now()).total_seconds() < 5
     assert (due - now() - server.ahead).total_seconds() < 5  # the server has it wait no longer
+
+
+def test_a_crash_beyond_the_budget_is_named_so_and_its_host_has_time_for_its_log() -> None:
+    server, clouds = Server(), Clouds()
+    run = server.run("CRASHED")
+    name = clouds.put(run)
+    clouds.there[name] = dataclasses.replace(clouds.there[name], labels=clouds.there[name].labels | {"max-failures": "0"})
+    looks(Reconciler(worker(server, clouds, **FORM)), times=3)
+    assert server.names(run) == ["Crashed", "GaveUp"]
+    assert server.state(run).type is StateType.CRASHED
+    assert not clouds.deleted
 
 
 @pytest.mark.parametrize("ahead", [-600.0, 600.0])
