@@ -103,7 +103,7 @@ class Reconciler:
         ours = label(self._worker.work_pool.name)
         found = _Found({}, set())
 
-        async def look_at(place: str) -> None:
+        async def _look_at(place: str) -> None:
             with self._troubles.of(f"looking for slices in {place}"):
                 cloud = await self._worker.cloud(place)
                 listed = await cloud.slices(place, lambda labels: labels.get(POOL_LABEL) == ours)
@@ -112,7 +112,7 @@ class Reconciler:
 
         async with anyio.create_task_group() as group:  # one that does not answer keeps the others for its patience at most
             for place in sorted(places):
-                group.start_soon(look_at, place)
+                group.start_soon(_look_at, place)
         return found
 
     async def _with_hosts(self, cloud: CloudTpu, each: CloudSlice) -> CloudSlice:
