@@ -35,6 +35,7 @@ from tasks.formatting import duration
 from tasks.pool_checks import check_before_asking, on_slices_of
 from tasks.pool_settings import PoolSettings, job_variables
 from tasks.prefect_artifacts import keep
+from tasks.server_time import server_time
 from tasks.trainer_child import OUTCOME_FILE, read_outcome
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ PRETRAIN = "pretrain"
 POLL_SECONDS = 2.0
 PROGRESS_SECONDS = 30.0
 API_SECONDS = 900.0  # without an answer of the Prefect API before following a run is given up; the run itself goes on
-CRASH_SECONDS = 45.0  # in which a worker may try a crashed run again; more than `deployments.tpu.decide.RETRY_SECONDS`
+CRASH_SECONDS = 150.0  # in which a worker may try a crashed run again; more than `deployments.tpu.decide.RETRY_AGE_SECONDS`
 CANCEL_SECONDS = 120.0
 GAVE_UP = "GaveUp"
 
@@ -126,7 +127,7 @@ def ask_for_run(client: SyncPrefectClient, job: TrainingJob, deployment: Deploym
             return run
         if state.is_completed() and finished(job):
             return run
-        if may_be_tried_again(run):
+        if may_be_tried_again(client, run):
             return run
     raise AssertionError("unreachable")
 
@@ -138,12 +139,16 @@ def finished(job: TrainingJob) -> bool:
     return found is not None and found.get("step") == last and last in steps_in(job.checkpoints)
 
 
-def may_be_tried_again(run: FlowRun) -> bool:
-    """Whether a worker may still take a crashed run up again."""
+def may_be_tried_again(client: SyncPrefectClient, run: FlowRun) -> bool:
+    """Whether a worker may still take a crashed run up again, by the server's clock; this machine's may be minutes away from it."""
     state = run.state
     if state is None or not state.is_crashed() or state.name == GAVE_UP:
         return False
-    return time.time() - state.timestamp.timestamp() < CRASH_SECONDS
+    try:
+        now = server_time(client)
+    except httpx.HTTPError:  # nobody knows yet: whoever reads the run next time asks again
+        return True
+    return (now - state.timestamp).total_seconds() < CRASH_SECONDS
 
 
 class Following:
@@ -164,7 +169,7 @@ class Following:
             state = run.state
             assert state is not None
             self._tell(run)
-            if state.is_final() and not may_be_tried_again(run):
+            if state.is_final() and not may_be_tried_again(self._client, run):
                 break
             if cancelled_at is None and stopping() and self._cancel(run):
                 cancelled_at = time.monotonic()

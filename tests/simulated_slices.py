@@ -132,7 +132,11 @@ async def gone(client: tpu_v2.TpuAsyncClient, name: str | None = None) -> None:
 async def said(client: tpu_v2.TpuAsyncClient, key: str, value: str | None = None, node: str | None = None) -> list[Any]:
     """What all hosts of a node say under a key, once they do, and once it is `value`."""
     while True:
-        answer = await client.get_guest_attributes({"name": node or node_of(), "query_path": f"test/{key}"})
+        try:
+            answer = await client.get_guest_attributes({"name": node or node_of(), "query_path": f"test/{key}"})
+        except exceptions.NotFound:  # none has said it yet
+            await asyncio.sleep(0.02)
+            continue
         values = [item.value for host in answer.guest_attributes for item in host.query_value.items]
         if len(values) == len(answer.guest_attributes) and (value is None or set(values) == {value}):
             return [json.loads(one) for one in values]

@@ -15,7 +15,7 @@ import pytest
 from prefect.exceptions import ObjectNotFound
 
 from deployments.tpu import cloud as module
-from deployments.tpu.cloud import CloudTpu, Refused
+from deployments.tpu.cloud import CloudTpu, Exhausted, Refused, Unavailable
 from deployments.tpu.emulator.service import Service
 from deployments.tpu.form import TPUJobConfiguration
 from deployments.tpu.request import SliceName, labels
@@ -26,6 +26,7 @@ RUN = UUID("12345678-1234-5678-1234-567812345678")
 CONFIGURATION = TPUJobConfiguration(provider="cloud", project="p", zones=["us-central2-b"], image="i", accelerator_type="v4-16")
 PARENT = CONFIGURATION.parent("us-central2-b")
 NAME = str(SliceName(RUN, 1))
+PATIENCE = module.PATIENCE_SECONDS
 SCRIPT = {"startup-script": "#!/bin/sh\nsleep 1000\n", "enable-guest-attributes": "TRUE"}
 
 
@@ -126,7 +127,7 @@ def test_a_slice_from_its_request_to_its_deletion(clouds: Callable[..., Service]
         name = await create(cloud)
         while (seen := (await cloud.slices(PARENT, lambda labels: labels["prefect-work-pool"] == "tpu"))[0]).state != "ACTIVE":
             await asyncio.sleep(0.05)
-        seen = await cloud.with_hosts(seen)
+        seen = await cloud.with_hosts(seen)  # the attributes of its hosts answer 404: nobody has written any
         assert seen.labels["prefect-flow-run-id"] == str(RUN)
         assert (seen.lost_nodes, seen.exit_codes) == ((), {})  # its hosts run
         assert seen.active_since is not None
@@ -139,6 +140,56 @@ def test_a_slice_from_its_request_to_its_deletion(clouds: Callable[..., Service]
         assert await cloud.slices(PARENT, lambda labels: True) == []
 
     against(clouds(), test)
+
+
+def test_a_node_is_lost_when_the_node_is_not_found(clouds: Callable[..., Service]) -> None:
+    faults = Faults("GetNode", grpc.StatusCode.NOT_FOUND, times=1)
+
+    async def test(cloud: CloudTpu) -> None:
+        await create(cloud)
+        while (seen := (await cloud.slices(PARENT, lambda labels: True))[0]).state != "ACTIVE":
+            await asyncio.sleep(0.05)
+        assert (await cloud.with_hosts(seen)).lost_nodes == (NAME,)
+        assert (await cloud.with_hosts(seen)).lost_nodes == ()
+
+    against(clouds(around=faults), test)
+
+
+@pytest.mark.parametrize(("code", "error"), [(grpc.StatusCode.UNAVAILABLE, Unavailable), (grpc.StatusCode.RESOURCE_EXHAUSTED, Exhausted)])
+def test_what_does_not_pass_is_told_after_a_while_longer_for_a_request(
+    clouds: Callable[..., Service], code: grpc.StatusCode, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert module.CREATE_PATIENCE_SECONDS == 600  # nobody looks after other slices with it
+    assert PATIENCE <= 30
+    monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(module, "CREATE_PATIENCE_SECONDS", 0.4)
+    asked = "0 s .* projects/p/locations/us-central2-b .injected"
+    lists, requests = (Faults(method, code, times=10**6) for method in ("ListQueuedResources", "CreateQueuedResource"))
+
+    def around(method: str, request: Any, call: Callable[[], Any]) -> Any:
+        return lists(method, request, lambda: requests(method, request, call))
+
+    async def test(cloud: CloudTpu) -> None:
+        with pytest.raises(error, match=asked):
+            await cloud.slices(PARENT, lambda labels: True)
+        with pytest.raises(error, match=asked):
+            await create(cloud)
+
+    against(clouds(around=around), test)
+    assert lists.calls > 1
+    assert requests.calls > 1
+
+
+def test_credentials_that_are_not_there_are_told_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    from google.auth.exceptions import DefaultCredentialsError
+    from google.cloud import tpu_v2
+
+    def nowhere() -> None:
+        raise DefaultCredentialsError("Your default credentials were not found")
+
+    monkeypatch.setattr(tpu_v2, "TpuAsyncClient", nowhere)
+    with pytest.raises(Refused, match=r"not found.*: run `gcloud auth application-default login`"):
+        CloudTpu()
 
 
 class Runs:

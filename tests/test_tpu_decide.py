@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 from dataclasses import replace
+from email.utils import format_datetime
+from types import SimpleNamespace
+from typing import Any
 
+import httpx
 import pytest
+from prefect.states import Crashed
 
 from deployments.tpu import decide as policy
 from deployments.tpu.decide import FINAL, RETRIES, Action, Change, Limits, RunSeen, SliceSeen, decide, missing
@@ -76,9 +82,13 @@ def run(type_: str, **changed: object) -> RunSeen:
         (SLICE, run("FAILED"), True, None),
         (SLICE, run("CRASHED", settled_seconds=5), True, Change.HOST_FAILED),
         (SLICE, run("CRASHED", settled_seconds=31), False, None),
+        (SLICE, run("CRASHED", settled_seconds=5, age_seconds=119), True, Change.HOST_FAILED),
+        (SLICE, run("CRASHED", settled_seconds=5, age_seconds=121), False, None),
         (SLICE, run("CRASHED", settled_seconds=61), True, None),
         (replace(SLICE, state="SUSPENDING"), run("CRASHED", settled_seconds=5), True, Change.PREEMPTED),
-        (SLICE, run("CRASHED", settled_seconds=5, failures=1), False, None),
+        (SLICE, run("CRASHED", settled_seconds=5, failures=1), False, Change.GAVE_UP),
+        (SLICE, run("CRASHED", settled_seconds=31, failures=1), False, None),
+        (replace(SLICE, active_seconds=7201), run("CRASHED", settled_seconds=5), False, Change.GAVE_UP),
         (SLICE, replace(RUNNING, type="CRASHED", name="GaveUp", settled_seconds=5), False, None),
         # slices that nobody needs
         (SLICE, None, True, None),
@@ -134,7 +144,7 @@ def test_every_combination_keeps_the_promises() -> None:
             assert of.type == "CANCELLING", case
         if final and action.change is not None:
             assert of.type == "CRASHED", case
-            assert action.change in (Change.HOST_FAILED, Change.PREEMPTED), case
+            assert action.change in (Change.HOST_FAILED, Change.PREEMPTED, Change.GAVE_UP), case
             assert of.name != Change.GAVE_UP.value, case
         if (final and of.settled_seconds > 60) or of.newest_slice != NAME or of.type == "SCHEDULED":
             assert action.delete or seen.state == "DELETING", case  # nothing is paid for that nobody needs
@@ -156,6 +166,34 @@ def test_a_run_whose_slice_is_gone() -> None:
 
 
 def test_whoever_waits_for_a_run_waits_longer_than_it_may_be_tried_again() -> None:
-    assert pool_training.CRASH_SECONDS > policy.RETRY_SECONDS + 10
+    assert pool_training.CRASH_SECONDS > policy.RETRY_AGE_SECONDS + 10
     assert Change.GAVE_UP.value == pool_training.GAVE_UP
     assert pool_training.CANCEL_SECONDS > policy.CANCEL_SECONDS
+
+
+@pytest.mark.parametrize("ahead", [-600, 0, 600])  # seconds of the server's clock before this machine's
+def test_whoever_waits_goes_by_the_clock_that_workers_go_by(ahead: int) -> None:
+    there = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=ahead)
+    answers = [httpx.Response(status, headers={"Date": format_datetime(there, usegmt=True)}) for status in (200, 404)]
+
+    def crashed(ago: float) -> Any:
+        return SimpleNamespace(state=Crashed(timestamp=there - datetime.timedelta(seconds=ago)))
+
+    def no_such_page() -> httpx.Response:
+        raise httpx.HTTPStatusError("404", request=httpx.Request("GET", "http://x"), response=answers[1])
+
+    for hello in (lambda: answers[0], no_such_page):
+        client: Any = SimpleNamespace(hello=hello)
+        assert pool_training.may_be_tried_again(client, crashed(policy.RETRY_AGE_SECONDS))
+        assert not pool_training.may_be_tried_again(client, crashed(pool_training.CRASH_SECONDS + 5))
+
+
+def test_while_the_server_is_away_nobody_gives_up_a_crashed_run() -> None:
+    def away() -> None:
+        raise httpx.ConnectError("away")
+
+    client: Any = SimpleNamespace(hello=away)
+    run: Any = SimpleNamespace(state=Crashed())
+    assert pool_training.may_be_tried_again(client, run)
+    run.state = Crashed(name=Change.GAVE_UP.value)
+    assert not pool_training.may_be_tried_again(client, run)

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from deployments.tpu.cloud import queued_resource
 from deployments.tpu.form import TPUJobConfiguration
 from deployments.tpu.host_agent import LAUNCH
-from deployments.tpu.reconcile import limits_of
 from deployments.tpu.request import SliceName, label, labels, metadata
+from deployments.tpu.seen import limits_of
 from deployments.tpu.worker import TPUWorker
 from model.slices import SLICES
 

@@ -18,14 +18,25 @@ if TYPE_CHECKING:
     from google.cloud import tpu_v2
 
 T = TypeVar("T")
-CALL_SECONDS = 60.0
+CREATE_SECONDS = 60.0  # for the answer to a request for slices
+CALL_SECONDS = 20.0  # for every other answer
 FIRST_PAUSE_SECONDS = 1.0
-PATIENCE_SECONDS = 600.0  # for what may pass: quota of requests per minute, an overloaded service
+# For what may pass: quota of requests per minute, an overloaded service. Whoever looks comes again by itself, and has more to look at.
+CREATE_PATIENCE_SECONDS = 600.0
+PATIENCE_SECONDS = 25.0
 LOST = {"PREEMPTED", "TERMINATED", "STOPPED", "HIDDEN"}  # states of a node that does not come back
 
 
 class Refused(ValueError):
     """Cloud TPU will not do this however often it is asked; the message says what to change."""
+
+
+class Unavailable(RuntimeError):
+    """Cloud TPU was asked again and again, and did not do it; later it may."""
+
+
+class Exhausted(Unavailable):
+    """The same, for a quota: of requests, or of chips."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +56,16 @@ class CloudSlice:
 
 
 class CloudTpu:
-    """One endpoint of the API: Google's, or an emulator on loopback (`address` host:port, without encryption)."""
+    """One endpoint of the API: Google's, or an emulator on loopback (`address` host:port, without encryption).
+
+    Every method raises Refused and Unavailable, and GoogleAPICallError for whatever else the API answers. Making one raises Refused.
+    """
 
     def __init__(self, address: str | None = None) -> None:
         from google.cloud import tpu_v2
 
         if address is None:
-            self._client = tpu_v2.TpuAsyncClient()
+            self._client = _with_credentials(tpu_v2.TpuAsyncClient)
         else:
             import grpc
             from google.cloud.tpu_v2.services.tpu.transports import TpuGrpcAsyncIOTransport
@@ -64,7 +78,8 @@ class CloudTpu:
         """Asks for the slices as one queued resource; returns its full name. Asking again for the same name adopts what is there.
 
         Raises:
-            Refused: it is not allowed, not known, or beyond a quota.
+            Refused: it is not allowed, or not known.
+            Exhausted: it is beyond a quota.
         """
         from google.api_core import exceptions
 
@@ -75,7 +90,9 @@ class CloudTpu:
             "queued_resource": queued_resource(configuration, parent, name, labels, metadata),
         }
         with suppress(exceptions.AlreadyExists):  # an earlier call came through and its answer did not
-            await self._call(lambda: self._client.create_queued_resource(request, timeout=CALL_SECONDS), parent)
+            await self._call(
+                lambda: self._client.create_queued_resource(request, timeout=CREATE_SECONDS), parent, patience=CREATE_PATIENCE_SECONDS
+            )
         return f"{parent}/queuedResources/{name}"
 
     async def slices(self, parent: str, wanted: Callable[[dict[str, str]], bool]) -> list[CloudSlice]:
@@ -106,23 +123,31 @@ class CloudTpu:
         for name in seen.nodes:
             try:
                 node = await self._call(lambda name=name: self._client.get_node({"name": name}, timeout=CALL_SECONDS), name)
-                if node.create_time:
-                    since.append(_moment(node.create_time))
-                if node.state.name in LOST:
-                    lost.append(name.rpartition("/")[2])
-                    continue
-                request = {"name": name, "query_path": f"{NAMESPACE}/"}
-                answer = await self._call(lambda request=request: self._client.get_guest_attributes(request, timeout=CALL_SECONDS), name)
             except exceptions.NotFound:
                 lost.append(name.rpartition("/")[2])
                 continue
-            for host in answer.guest_attributes:
-                said = {item.key: item.value for item in host.query_value.items}
+            if node.create_time:
+                since.append(_moment(node.create_time))
+            if node.state.name in LOST:
+                lost.append(name.rpartition("/")[2])
+                continue
+            for said in await self._reported(name):
                 if said.get("process", "").isdecimal() and said.get("exit_code"):
                     rank, code = int(said["process"]), said["exit_code"]
                     codes[rank] = None if code == TERMINATED else int(code)
                     errors |= {rank: said["error"]} if said.get("error") else {}
         return replace(seen, active_since=min(since, default=None), lost_nodes=tuple(lost), exit_codes=codes, errors=errors)
+
+    async def _reported(self, node: str) -> list[dict[str, str]]:
+        """What the hosts of a node wrote for the worker, host by host; nothing, which is no sign of trouble, before the first word."""
+        from google.api_core import exceptions
+
+        request = {"name": node, "query_path": f"{NAMESPACE}/"}
+        try:
+            answer = await self._call(lambda: self._client.get_guest_attributes(request, timeout=CALL_SECONDS), node)
+        except exceptions.NotFound:  # the answer where a namespace has no attribute yet
+            return []
+        return [{item.key: item.value for item in host.query_value.items} for host in answer.guest_attributes]
 
     async def delete(self, name: str) -> None:
         """Deletes a slice with its hosts, which get a SIGTERM first. One that is gone already is no error."""
@@ -141,12 +166,13 @@ class CloudTpu:
             return False
         return True
 
-    async def _call(self, call: Callable[[], Awaitable[T]], what: str) -> T:
-        """Calls, again and again with growing pauses where the error may pass."""
+    async def _call(self, call: Callable[[], Awaitable[T]], what: str, *, patience: float | None = None) -> T:
+        """Calls, again and again with growing pauses where the error may pass, for `patience` seconds, or PATIENCE_SECONDS."""
         from google.api_core import exceptions
         from google.api_core.retry import AsyncRetry, if_exception_type
+        from google.auth.exceptions import GoogleAuthError
 
-        # Quota per minute is ResourceExhausted, as is quota of chips: the second stays, and is told after PATIENCE_SECONDS.
+        # Quota per minute is ResourceExhausted, as is quota of chips: the second stays, and is told after all of the patience.
         passing = if_exception_type(
             exceptions.ServiceUnavailable,
             exceptions.DeadlineExceeded,
@@ -156,17 +182,36 @@ class CloudTpu:
             exceptions.BadGateway,
             ConnectionError,
         )
+        seconds = PATIENCE_SECONDS if patience is None else patience
         try:
-            return await AsyncRetry(predicate=passing, initial=FIRST_PAUSE_SECONDS, maximum=30.0, timeout=PATIENCE_SECONDS)(call)()  # pyright: ignore[reportCallIssue]
+            return await AsyncRetry(predicate=passing, initial=FIRST_PAUSE_SECONDS, maximum=30.0, timeout=seconds)(call)()  # pyright: ignore[reportCallIssue]
+        except exceptions.RetryError as error:
+            told = getattr(error.cause, "message", None) or error.cause
+            if isinstance(error.cause, exceptions.TooManyRequests):
+                raise Exhausted(f"Cloud TPU refused for {seconds:.0f} s for a quota at {what} ({told})") from None
+            raise Unavailable(f"Cloud TPU did not do for {seconds:.0f} s what it was asked at {what} ({told})") from None
         except exceptions.Forbidden as error:
             raise Refused(
                 f"Cloud TPU refuses this account at {what} ({error.message}): give it the role roles/tpu.admin in that project, and "
                 "roles/iam.serviceAccountUser on the slice's service account"
             ) from None
-        except exceptions.Unauthorized as error:
-            raise Refused(f"Cloud TPU knows no credentials here ({error.message}): run `gcloud auth application-default login`") from None
+        except (exceptions.Unauthorized, GoogleAuthError) as error:
+            raise _no_credentials(getattr(error, "message", None) or error) from None
         except exceptions.InvalidArgument as error:
             raise Refused(f"Cloud TPU refuses the request at {what}: {error.message}") from None
+
+
+def _with_credentials(make: Callable[[], T]) -> T:
+    from google.auth.exceptions import GoogleAuthError
+
+    try:
+        return make()
+    except GoogleAuthError as error:
+        raise _no_credentials(error) from None
+
+
+def _no_credentials(error: object) -> Refused:
+    return Refused(f"Cloud TPU knows no credentials here ({error}): run `gcloud auth application-default login`")
 
 
 def queued_resource(

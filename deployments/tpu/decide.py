@@ -26,7 +26,8 @@ LEADER = 0
 
 FINISH_SECONDS = 60.0  # for host 0 to flush its logs after the run is final
 CANCEL_SECONDS = 60.0  # for a run that trains to save and stop after it was cancelled
-RETRY_SECONDS = 30.0  # a crashed run is tried again this soon or not at all: whoever waits for it gives up after that
+RETRY_SECONDS = 30.0  # a crashed run is tried again this soon after it was seen to be that
+RETRY_AGE_SECONDS = 120.0  # and this soon after it crashed, or not at all: whoever waits for it gives up after that
 PROVISION_SECONDS = 3600.0  # for capacity that was granted to become a slice
 BOOT_SECONDS = 1800.0  # for an active slice's host 0 to start the run: the image is large
 HALT_SECONDS = 300.0  # between hosts that were told to shut down and a state of the slice that says why
@@ -71,11 +72,12 @@ class RunSeen:
     name: str = ""
     newest_slice: str = ""  # the last one that was made for it
     started: bool = False  # its code ran since it was last scheduled
-    settled_seconds: float = 1e9  # since its state was set
+    settled_seconds: float = 1e9  # since this worker first saw its state
     preemptions: int = 0
     failures: int = 0
     zones_tried: int = 1
     message: str = ""  # of its state: what it crashed with
+    age_seconds: float = 0.0  # since its state was set, by the server's clock; of a crashed run only
 
 
 @dataclass(frozen=True)
@@ -130,12 +132,19 @@ def missing(run: RunSeen, limits: Limits) -> Action:
 
 
 def _after_the_end(seen: SliceSeen, run: RunSeen, limits: Limits) -> Action:
-    again = run.type == "CRASHED" and run.name != Change.GAVE_UP.value and run.settled_seconds < RETRY_SECONDS
+    soon = run.settled_seconds < RETRY_SECONDS and run.age_seconds < RETRY_AGE_SECONDS
+    again = run.type == "CRASHED" and run.name != Change.GAVE_UP.value and soon
     if again and (seen.state in ("SUSPENDING", "SUSPENDED") or seen.lost_nodes) and run.preemptions < limits.max_preemptions:
         return _preempted(run, limits, "the run crashed when Cloud TPU took the slice back")
-    if again and run.failures < limits.max_failures and not _over_budget(seen, limits):
-        why = f"the run crashed: {run.message or 'without a reason'}; failure {run.failures + 1} of {limits.max_failures}"
-        return Action(delete=True, change=Change.HOST_FAILED, why=why)
+    if again:
+        over, why = _over_budget(seen, limits), f"the run crashed: {run.message or 'without a reason'}"
+        if run.failures < limits.max_failures and not over:
+            why = f"{why}; failure {run.failures + 1} of {limits.max_failures}"
+            return Action(delete=True, change=Change.HOST_FAILED, why=why)
+        # by the name that says it, or who waits for the run would wait on
+        return Action(
+            change=Change.GAVE_UP, why=f"{why}; " + ("max_cost is spent" if over else f"max_failures={limits.max_failures} is used up")
+        )
     if seen.state == "ACTIVE" and LEADER not in seen.exit_codes and run.settled_seconds < FINISH_SECONDS:
         return NOTHING  # host 0 still sends its logs
     return Action(delete=True, why=f"the run is {run.name or run.type}")

@@ -33,23 +33,20 @@ def cloud_findings(settings: PoolSettings) -> list[Finding]:
 
 
 async def _all_zones(settings: PoolSettings) -> list[Finding]:
-    from google.auth.exceptions import GoogleAuthError
-
-    from deployments.tpu.cloud import CloudTpu
+    from deployments.tpu.cloud import CloudTpu, Refused
 
     try:
         cloud = CloudTpu(os.environ.get(API_ADDRESS))
-    except GoogleAuthError as error:
-        return [Finding("cloud tpu", "fail", f"no Google credentials here ({error})", "run `gcloud auth application-default login`")]
+    except Refused as error:
+        return [Finding("cloud tpu", "fail", str(error))]
     return [await _zone(cloud, settings, zone) for zone in settings.zones]
 
 
 async def _zone(cloud: CloudTpu, settings: PoolSettings, zone: str) -> Finding:
     """Lists what the worker lists, and what the zone offers."""
     from google.api_core.exceptions import GoogleAPICallError
-    from google.auth.exceptions import GoogleAuthError
 
-    from deployments.tpu.cloud import Refused
+    from deployments.tpu.cloud import Refused, Unavailable
 
     subject, parent = f"cloud tpu, {zone}", f"projects/{settings.project}/locations/{zone}"
     try:
@@ -58,10 +55,10 @@ async def _zone(cloud: CloudTpu, settings: PoolSettings, zone: str) -> Finding:
             slices = await cloud.slices(parent, lambda labels: True)
     except Refused as error:
         return Finding(subject, "fail", str(error))
-    except TimeoutError:
+    except (TimeoutError, Unavailable):
         remedy = "look at the network from here to tpu.googleapis.com, and at https://status.cloud.google.com"
         return Finding(subject, "fail", f"Cloud TPU did not answer within {ANSWER_SECONDS:.0f} s", remedy)
-    except (GoogleAPICallError, GoogleAuthError, OSError) as error:
+    except (GoogleAPICallError, OSError) as error:
         return Finding(subject, "fail", f"Cloud TPU refuses to list {parent} ({error})", "correct project and zones of the work pool")
     if settings.accelerator_type not in offered:
         remedy = "choose one of the zones that https://cloud.google.com/tpu/docs/regions-zones lists for it"

@@ -75,7 +75,7 @@ class SliceFields(BaseModel):
     max_cost: float | None = Field(
         default=None, gt=0, description="US dollars at list price for one slice's time; then the run is saved and ends."
     )
-    poll_seconds: float = Field(default=2.0, gt=0, le=300, description="How often the worker looks at slices and runs.")
+    poll_seconds: float = Field(default=2.0, gt=0, le=10, description="How often the worker looks at slices and runs.")
     devices_per_host: int | None = Field(
         default=None, ge=1, le=8, description="For `local`: virtual devices of a host. Unset: as the real one."
     )

@@ -7,34 +7,33 @@ never older than the slice, and a run that is scheduled has no newer slice than 
 from __future__ import annotations
 
 import datetime
-import math
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 import anyio
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType, WorkPoolFilter, WorkPoolFilterName
-from prefect.client.schemas.objects import StateType
-from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import Abort, ObjectNotFound
 from prefect.states import Crashed, Pending, Scheduled
 from prefect.utilities.engine import propose_state
 
-from deployments.tpu.decide import HALTED, RETRIES, Action, Change, Limits, RunSeen, SliceSeen, decide, missing
+from deployments.tpu.decide import HALTED, RETRIES, WAITING_STATES, Action, Change, Limits, SliceSeen, decide, missing
 from deployments.tpu.form import TPUJobConfiguration
-from deployments.tpu.request import LIMIT_LABELS, POOL_LABEL, RUN_LABEL, SliceName, label
+from deployments.tpu.pool import LIVE, Places, runs_of
+from deployments.tpu.request import POOL_LABEL, SliceName, label
+from deployments.tpu.seen import attempt_of, form_defaults, limits_of, newest_slice, place_of, run_seen
+from deployments.tpu.standing import KEY, Standing, where_it_stands
+from deployments.tpu.troubles import Troubles
+from tasks.server_time import server_time_async
 
 if TYPE_CHECKING:
-    from prefect.client.schemas.objects import FlowRun, State
+    from prefect.client.schemas.objects import FlowRun
 
-    from deployments.tpu.cloud import CloudSlice
+    from deployments.tpu.cloud import CloudSlice, CloudTpu
     from deployments.tpu.worker import TPUWorker
 
-LIVE = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
-ENDED = [state for state in StateType if state not in LIVE]
-PAGE = 200  # runs that the server sends at once
 SUBMIT_SECONDS = 60.0  # for a worker to put its name on a run that it has taken
+MAX_POLL_SECONDS = 10.0  # whatever a pool's form says that was made when more was allowed: who waits for a run counts on the loop
 RETRY_DELAY = datetime.timedelta(seconds=1)
 
 
@@ -46,14 +45,30 @@ class _Found:
     places: set[str]
 
 
+@dataclass(frozen=True)
+class _StateSeen:
+    """A run's state, when this worker first saw it (monotonic), and how old it was then by the server's clock."""
+
+    state: UUID
+    at: float
+    age: float
+
+
 class Reconciler:
-    """One worker's loop. What it remembers is only when it first saw something; a new worker counts anew."""
+    """One worker's loop. What it remembers is only when it first saw something; a new worker counts anew.
+
+    An error that one place, slice or run causes is told once, and the look goes on.
+    """
 
     def __init__(self, worker: TPUWorker) -> None:
         self._worker = worker
+        self._places = Places(worker)
+        self._troubles = Troubles(worker._logger)  # pyright: ignore[reportPrivateUsage]
+        self._standing = Standing()
         self._halted: dict[str, float] = {}
+        self._active_since: dict[str, datetime.datetime] = {}
+        self._states: dict[UUID, _StateSeen] = {}
         self._missing: dict[UUID, int] = {}
-        self._places: set[str] | None = None  # where runs of the pool were; None before the first look
 
     async def run_forever(self) -> None:
         """Looks every `poll_seconds` until the worker ends. An error of one look is told, and the next one comes."""
@@ -61,10 +76,8 @@ class Reconciler:
             self._worker._scheduled_task_scopes.add(scope)  # pyright: ignore[reportPrivateUsage]  (cancelled at teardown)
             while True:
                 pause = 1.0
-                try:
+                with self._troubles.of("looking after TPU slices"):
                     pause = await self.look()
-                except Exception:
-                    self._worker._logger.exception("looking after TPU slices failed; it is tried again")  # pyright: ignore[reportPrivateUsage]
                 await anyio.sleep(pause)
 
     async def look(self) -> float:
@@ -73,62 +86,64 @@ class Reconciler:
         if worker._work_pool is None:  # pyright: ignore[reportPrivateUsage]  (the server has not answered yet)
             return 1.0
         defaults = form_defaults(worker.work_pool.base_job_template)
-        live = await self._runs(LIVE)
-        if self._places is None:
-            # a run may have ended while no worker looked, and its slice still be there
-            self._places = {place_of(run) for run in await self._runs(ENDED, most=PAGE)}
-        if defaults.get("provider") == "cloud":
-            self._places |= {f"projects/{defaults.get('project')}/locations/{zone}" for zone in defaults.get("zones") or ()}
-        self._places |= {place_of(run) for run in live}
-        found = await self._slices(self._places - {""})
+        places = await self._places.find(defaults, await runs_of(worker, LIVE))
+        found = await self._slices(places)
         for each in found.slices.values():
-            await self._settle(each, found)
-        for run in await self._runs(LIVE):
-            await self._look_for_lost(run, found)
-        return float(defaults.get("poll_seconds") or 2.0)
-
-    async def _runs(self, types: list[StateType], *, most: int | None = None) -> list[FlowRun]:
-        """Flow runs of the pool in these states, those expected last first; all of them, or `most`."""
-        pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[self._worker.work_pool.name]))
-        wanted = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=types)))
-        found: list[FlowRun] = []
-        while True:
-            page = await self._worker.client.read_flow_runs(
-                work_pool_filter=pool, flow_run_filter=wanted, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=PAGE, offset=len(found)
-            )
-            found += page
-            if len(page) < PAGE or (most is not None and len(found) >= most):
-                return found
+            with self._troubles.of(each.name):
+                await self._settle(each, found)
+        live = await runs_of(worker, LIVE)
+        for run in live:
+            with self._troubles.of(f"the run {run.name}"):
+                await self._look_for_lost(run, found)
+        self._forget(found, live)
+        return min(float(defaults.get("poll_seconds") or 2.0), MAX_POLL_SECONDS)
 
     async def _slices(self, places: set[str]) -> _Found:
         """Our slices in all places. A place that does not answer is left out: nothing there counts as missing."""
-        from deployments.tpu.cloud import Refused
-
         ours = label(self._worker.work_pool.name)
         found = _Found({}, set())
-        for place in sorted(places):
-            try:
+
+        async def _look_at(place: str) -> None:
+            with self._troubles.of(f"looking for slices in {place}"):
                 cloud = await self._worker.cloud(place)
                 listed = await cloud.slices(place, lambda labels: labels.get(POOL_LABEL) == ours)
-                for each in listed:
-                    found.slices[each.name] = await cloud.with_hosts(each) if each.state == "ACTIVE" else each
+                found.slices |= {each.name: await self._with_hosts(cloud, each) for each in listed}
                 found.places.add(place)
-            except (Refused, OSError, RuntimeError) as error:
-                self._log("cannot list the slices in %s: %s", place, error)
+
+        async with anyio.create_task_group() as group:  # one that does not answer keeps the others for its patience at most
+            for place in sorted(places):
+                group.start_soon(_look_at, place)
         return found
 
+    async def _with_hosts(self, cloud: CloudTpu, each: CloudSlice) -> CloudSlice:
+        if each.state != "ACTIVE":
+            return each
+        with self._troubles.of(f"the hosts of {each.name}"):
+            each = await cloud.with_hosts(each)
+            if each.active_since is not None:
+                self._active_since[each.name] = each.active_since
+        return replace(each, active_since=self._active_since.get(each.name))
+
     async def _settle(self, each: CloudSlice, found: _Found) -> None:
-        name = SliceName.parse(each.name)
+        worker, name = self._worker, SliceName.parse(each.name)
         if name is None:
             return
-        run = await self._read(UUID(each.labels[RUN_LABEL]))
-        newest = _newest(name.flow_run, run, found)
-        if run is not None and newest == each.name and run.infrastructure_pid != newest and _attempt(run.infrastructure_pid) < name.attempt:
+        run = await self._read(name.flow_run)
+        newest = newest_slice(name.flow_run, run, found.slices)
+        if run is None or run.state is None:
+            await self._do(decide(self._seen(each), None, limits_of(each.labels)), run, each)
+            return
+        if newest == each.name and run.infrastructure_pid != newest and attempt_of(run.infrastructure_pid) < name.attempt:
             # a worker died between asking for the slice and writing that down
-            await self._worker.client.update_flow_run(run.id, infrastructure_pid=newest)
-        states = await self._worker.client.read_flow_run_states(run.id) if run is not None else []
-        action = decide(self._seen(each), run and run_seen(run, states, newest), limits_of(each.labels))
-        await self._do(action, run, each)
+            await worker.client.update_flow_run(run.id, infrastructure_pid=newest)
+        elif run.state.is_pending() and run.state.name not in WAITING_STATES.values() and await self._being_submitted(run):
+            return  # an older slice, of which the run was told already: whoever asks for the next one deletes it first
+        states = await worker.client.read_flow_run_states(run.id)
+        settled, age = await self._since(run)
+        seen = run_seen(run, states, newest, settled_seconds=settled, age_seconds=age)
+        await self._do(decide(self._seen(each), seen, limits_of(each.labels)), run, each)
+        if newest == each.name:
+            await self._standing.show(worker.client, run, each)
 
     async def _look_for_lost(self, run: FlowRun, found: _Found) -> None:
         """A run whose slice is gone, and one that a worker took and never asked a slice for."""
@@ -156,9 +171,22 @@ class Reconciler:
         if name == worker.name:
             return False
         if name is None:
-            return (datetime.datetime.now(datetime.UTC) - run.state.timestamp).total_seconds() < SUBMIT_SECONDS
+            return (await self._since(run))[0] < SUBMIT_SECONDS
         workers = await worker.client.read_workers_for_work_pool(worker.work_pool.name)
         return any(other.name == name and other.status is not None and other.status.value == "ONLINE" for other in workers)
+
+    async def _since(self, run: FlowRun) -> tuple[float, float]:
+        """Seconds since this worker first saw the run's state, and, of a crashed run, since the server set it.
+
+        No two machines' clocks are compared: they may be minutes apart.
+        """
+        assert run.state is not None
+        known = self._states.get(run.id)
+        if known is None or known.state != run.state.id:
+            age = (await server_time_async(self._worker.client) - run.state.timestamp).total_seconds() if run.state.is_crashed() else 0.0
+            known = self._states[run.id] = _StateSeen(run.state.id, time.monotonic(), max(age, 0.0))
+        seconds = time.monotonic() - known.at
+        return seconds, known.age + seconds if run.state.is_crashed() else 0.0
 
     def _seen(self, each: CloudSlice) -> SliceSeen:
         now = datetime.datetime.now(datetime.UTC)
@@ -193,99 +221,57 @@ class Reconciler:
             return None
 
     async def _do(self, action: Action, run: FlowRun | None, each: CloudSlice | None) -> None:
-        """The run first, then its slice: a worker that dies in between leaves a slice without a use, which the next look deletes."""
-        if action.change is not None and run is not None:
-            if action.change is not Change.WAIT:
-                self._worker.get_flow_run_logger(run).warning("%s", action.why)
-            await self._change(action, run, each)
+        """The run first, then its slice: a worker that dies in between leaves a slice without a use, which the next look deletes.
+
+        Where the run is not what was decided on any more, another worker or a person was faster: the next look decides anew.
+        """
+        if action.change is not None and run is not None and not await self._change(action, run, each):
+            return
         if action.delete and each is not None:
             self._log("deleting %s: %s", each.name, action.why)
             await (await self._worker.cloud(each.name)).delete(each.name)
 
-    async def _change(self, action: Action, run: FlowRun, each: CloudSlice | None) -> None:
+    async def _change(self, action: Action, run: FlowRun, each: CloudSlice | None) -> bool:
+        """Sets the run's state; whether it has that state now."""
         worker, change = self._worker, action.change
+        now = await self._read(run.id)
+        if now is None or now.state is None or run.state is None or now.state.id != run.state.id:
+            return False
+        if change is not Change.WAIT:
+            worker.get_flow_run_logger(run).warning("%s", action.why)
         if change is Change.CANCELLED:
             await worker._mark_flow_run_as_cancelled(run, {"message": action.why})  # pyright: ignore[reportPrivateUsage]
-            return
+            return True
         if change is Change.WAIT:
-            state = Pending(name=action.why, message=where_it_stands(each))
+            assert each is not None
+            state = Pending(name=action.why, message=f"{where_it_stands(each)}; the run's artifact {KEY} says each minute how it stands")
         elif change in RETRIES:
             assert change is not None
-            state = Scheduled(name=change.value, message=action.why, scheduled_time=datetime.datetime.now(datetime.UTC) + RETRY_DELAY)
+            # at once for both clocks, the server's and this worker's
+            due = min(datetime.datetime.now(datetime.UTC), await server_time_async(self._worker.client)) + RETRY_DELAY
+            state = Scheduled(name=change.value, message=action.why, scheduled_time=due)
         else:
             state = Crashed(name=Change.GAVE_UP.value, message=action.why)
         try:
-            if run.state is not None and run.state.is_final():
+            if run.state.is_final():
                 await worker.client.set_flow_run_state(run.id, state, force=True)
             else:
                 await propose_state(worker.client, state, flow_run_id=run.id)
         except (Abort, ObjectNotFound) as refused:
             self._log("the run %s does not become %s: %s", run.name, state.name, refused)
+            return False
+        return True
+
+    def _forget(self, found: _Found, live: list[FlowRun]) -> None:
+        """What is remembered of slices and runs that are gone."""
+        runs = {run.id for run in live} | {name.flow_run for each in found.slices if (name := SliceName.parse(each)) is not None}
+        self._states = {run: seen for run, seen in self._states.items() if run in runs}
+        self._missing = {run: count for run, count in self._missing.items() if run in runs}
+        if found.places >= self._worker.places:  # a slice in a place that does not answer may still be there
+            self._halted = {name: since for name, since in self._halted.items() if name in found.slices}
+            self._active_since = {name: since for name, since in self._active_since.items() if name in found.slices}
+        self._standing.keep_only(runs)
+        self._troubles.forget_the_rest()
 
     def _log(self, message: str, *values: object) -> None:
         self._worker._logger.info(message, *values)  # pyright: ignore[reportPrivateUsage]
-
-
-def form_defaults(template: dict[str, Any]) -> dict[str, Any]:
-    """The work pool's own values of the form; a deployment may complete what is open here."""
-    properties = template.get("variables", {}).get("properties", {})
-    return {name: field.get("default") for name, field in properties.items()}
-
-
-def place_of(run: FlowRun) -> str:
-    """`projects/P/locations/Z` of the slice that is written down for a run; empty where there is none."""
-    return (run.infrastructure_pid or "").rpartition("/queuedResources/")[0]
-
-
-def run_seen(run: FlowRun, states: list[State], newest_slice: str) -> RunSeen:
-    """The flow run as `decide` wants it; its past states are what counts preemptions, failures and zones."""
-    assert run.state is not None
-    names = [state.name for state in states]
-    times = {type_: max((state.timestamp for state in states if state.type is type_), default=None) for type_ in StateType}
-    ran, scheduled = times[StateType.RUNNING], times[StateType.SCHEDULED]
-    return RunSeen(
-        type=run.state.type.value,
-        name=run.state.name or "",
-        message=run.state.message or "",
-        newest_slice=newest_slice,
-        started=ran is not None and (scheduled is None or ran > scheduled),
-        settled_seconds=(datetime.datetime.now(datetime.UTC) - run.state.timestamp).total_seconds(),
-        preemptions=names.count(Change.PREEMPTED.value),
-        failures=names.count(Change.HOST_FAILED.value),
-        zones_tried=1 + names.count(Change.NEXT_ZONE.value),
-    )
-
-
-def limits_of(labels: dict[str, str]) -> Limits:
-    """What the labels say that the run may use up."""
-    said = {name.replace("-", "_"): labels[name] for name in LIMIT_LABELS if name in labels}
-    seconds = said.get("max_active_seconds", "none")
-    return Limits(
-        max_preemptions=int(said.get("max_preemptions", Limits.max_preemptions)),
-        max_failures=int(said.get("max_failures", Limits.max_failures)),
-        num_zones=int(said.get("num_zones", Limits.num_zones)),
-        max_wait_seconds=float(said.get("max_wait_seconds", Limits.max_wait_seconds)),
-        max_active_seconds=math.inf if seconds == "none" else float(seconds),
-    )
-
-
-def where_it_stands(each: CloudSlice | None) -> str:
-    """The message of a waiting run: slice, place, age, and where to look in Google's console."""
-    if each is None:
-        return ""
-    _, project, _, zone, _, name = each.name.split("/")
-    age = (datetime.datetime.now(datetime.UTC) - each.created).total_seconds()
-    link = "" if project == "local" else f"; https://console.cloud.google.com/compute/tpus/queued-resources?project={project}"
-    return f"{name} in {zone} is {each.state}, asked for {age / 60:.0f} minutes ago{link}"
-
-
-def _newest(flow_run: UUID, run: FlowRun | None, found: _Found) -> str:
-    """The full name of the run's last slice, whether it was listed or only written down."""
-    named = [*found.slices, *([run.infrastructure_pid] if run is not None and run.infrastructure_pid else [])]
-    mine = [full for full in named if (name := SliceName.parse(full)) is not None and name.flow_run == flow_run]
-    return max(mine, key=_attempt, default="")
-
-
-def _attempt(full: str | None) -> int:
-    name = SliceName.parse(full or "")
-    return name.attempt if name is not None else 0

@@ -6,9 +6,8 @@ started again needs no memory of what it started.
 
 from __future__ import annotations
 
+import datetime
 import os
-import socket
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,17 +18,15 @@ from prefect.workers.base import BaseWorker, BaseWorkerResult
 
 from deployments.tpu.decide import Change
 from deployments.tpu.form import SliceFields, TPUJobConfiguration, TPUVariables
-from deployments.tpu.request import COORDINATOR_PORT, RUN_LABEL, SliceName, labels, log_directory, metadata
+from deployments.tpu.launch import Postponed, launch
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import PrefectClient
     from prefect.client.schemas.objects import FlowRun
 
-    from deployments.tpu.cloud import CloudSlice, CloudTpu
+    from deployments.tpu.cloud import CloudTpu
 
 API_ADDRESS = "PREFECT_LLAMA_TPU_API"  # host:port of another Cloud TPU API than Google's, without encryption
-GONE_SECONDS = 300.0  # for an older slice of the same run to be gone before a new one may train beside it
-HARMLESS = {"SUSPENDED", "FAILED"}  # states in which a slice has no hosts
 
 
 class TPUWorkerResult(BaseWorkerResult):
@@ -49,6 +46,7 @@ class TPUWorker(BaseWorker[TPUJobConfiguration, TPUVariables, TPUWorkerResult]):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._clouds: dict[str, CloudTpu] = {}
+        self.places: set[str] = set()  # `projects/P/locations/Z`: where slices of the pool may be; it grows
 
     async def setup(self) -> None:
         """Starts to look after slices beside looking for flow runs."""
@@ -61,8 +59,14 @@ class TPUWorker(BaseWorker[TPUJobConfiguration, TPUVariables, TPUWorkerResult]):
     async def run(
         self, flow_run: FlowRun, configuration: TPUJobConfiguration, task_status: anyio.abc.TaskStatus[Any] | None = None
     ) -> TPUWorkerResult:
-        """Asks for the flow run's slice; returns when Cloud TPU has taken the request."""
-        name = await self.launch(flow_run, configuration)
+        """Asks for the flow run's slice; returns when Cloud TPU has taken the request, or when the run is to wait."""
+        try:
+            name = await launch(self, flow_run, configuration)
+        except Postponed as postponed:
+            await self._postpone(flow_run, postponed)
+            if task_status is not None:
+                task_status.started(postponed)  # to Prefect: nothing was started
+            return TPUWorkerResult(identifier="", status_code=0)
         if task_status is not None:
             task_status.started(name)  # Prefect keeps it as the run's infrastructure_pid
         return TPUWorkerResult(identifier=name, status_code=0)
@@ -80,6 +84,23 @@ class TPUWorker(BaseWorker[TPUJobConfiguration, TPUVariables, TPUWorkerResult]):
             raise InfrastructureNotFound(f"the slice {infrastructure_pid} is gone")
         await cloud.delete(infrastructure_pid)
 
+    async def _postpone(self, flow_run: FlowRun, postponed: Postponed) -> None:
+        """Schedules a run again that is still wanted."""
+        from prefect.exceptions import Abort, ObjectNotFound
+        from prefect.states import Scheduled
+        from prefect.utilities.engine import propose_state
+
+        self.get_flow_run_logger(flow_run).warning("%s: %s", postponed.name, postponed)
+        at = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=postponed.seconds)
+        try:
+            now = (await self.client.read_flow_run(flow_run.id)).state
+            if now is None or now.is_pending():  # a run that was cancelled meanwhile stays so
+                await propose_state(
+                    self.client, Scheduled(name=postponed.name, message=str(postponed), scheduled_time=at), flow_run_id=flow_run.id
+                )
+        except (Abort, ObjectNotFound) as refused:
+            self._logger.info("the run %s does not become %s: %s", flow_run.name, postponed.name, refused)
+
     async def _propose_crashed_state(self, flow_run: FlowRun, message: str, client: PrefectClient | None = None) -> None:
         """A run that no slice could be asked for: by a name that says that nobody tries it again, so that nobody waits for that."""
         from prefect.exceptions import Abort, ObjectNotFound
@@ -90,56 +111,6 @@ class TPUWorker(BaseWorker[TPUJobConfiguration, TPUVariables, TPUWorkerResult]):
             await propose_state(client or self.client, Crashed(name=Change.GAVE_UP.value, message=message), flow_run_id=flow_run.id)
         except (Abort, ObjectNotFound) as refused:
             self._logger.info("the run %s does not become %s: %s", flow_run.name, Change.GAVE_UP.value, refused)
-
-    async def launch(self, flow_run: FlowRun, configuration: TPUJobConfiguration) -> str:
-        """Asks for the next slice of a flow run, when no older one can still write; returns its full name."""
-        states = await self.client.read_flow_run_states(flow_run.id)
-        tried = sum(state.name == Change.NEXT_ZONE.value for state in states)
-        zone = configuration.places[min(tried, len(configuration.places) - 1)]
-        cloud = await self.cloud(configuration.parent(zone))
-        older = await self._older_slices(flow_run, configuration)
-        before = SliceName.parse(flow_run.infrastructure_pid or "")
-        attempt = 1 + max([name.attempt for name in (before, *map(_name_of, older)) if name is not None], default=0)
-        await self._wait_until_gone(older)
-        slice_name = SliceName(flow_run.id, attempt)
-        name, logs = str(slice_name), log_directory(configuration, flow_run.parameters, slice_name)
-        port = _free_port() if configuration.provider == "local" else COORDINATOR_PORT
-        made = await cloud.create(
-            configuration,
-            zone,
-            name,
-            labels(configuration, flow_run.id, self.work_pool.name),
-            metadata(configuration, dict(flow_run.parameters), sys.executable, port, logs),
-        )
-        self.get_flow_run_logger(flow_run).info(
-            "asked for %d x %s (%s) in %s as %s",
-            configuration.num_slices,
-            configuration.accelerator_type,
-            configuration.provisioning,
-            zone,
-            name,
-        )
-        self.get_flow_run_logger(flow_run).info("its hosts log to %s", where_hosts_log(configuration, name, logs))
-        return made
-
-    async def _older_slices(self, flow_run: FlowRun, configuration: TPUJobConfiguration) -> list[CloudSlice]:
-        found: list[CloudSlice] = []
-        for place in configuration.places:
-            parent = configuration.parent(place)
-            cloud = await self.cloud(parent)
-            found += await cloud.slices(parent, lambda labels: labels.get(RUN_LABEL) == str(flow_run.id))
-        return found
-
-    async def _wait_until_gone(self, older: list[CloudSlice]) -> None:
-        """Two slices that train the same run at once would write the same checkpoints."""
-        for each in older:
-            cloud = await self.cloud(each.name)
-            await cloud.delete(each.name)
-            if each.state in HARMLESS:
-                continue
-            with anyio.fail_after(GONE_SECONDS):
-                while await cloud.exists(each.name):
-                    await anyio.sleep(1.0)
 
     async def cloud(self, name: str) -> CloudTpu:
         """The API that keeps what is called `name` (`projects/P/…`): Google's, or the emulator of this machine."""
@@ -176,14 +147,3 @@ def where_hosts_log(configuration: TPUJobConfiguration, name: str, logs: str | N
     if logs is None:
         return "the system log of each host, which goes with it: with --root in a bucket they are kept there"
     return f"{logs}/host-N.log, https://console.cloud.google.com/storage/browser/{logs.removeprefix('gs://')}"
-
-
-def _name_of(each: CloudSlice) -> SliceName | None:
-    return SliceName.parse(each.name)
-
-
-def _free_port() -> int:
-    """Simulated hosts share one address, so every slice needs a port of its own."""
-    with socket.socket() as server:
-        server.bind(("", 0))
-        return int(server.getsockname()[1])

@@ -133,7 +133,7 @@ class Cloud:
         """What hosts of a node wrote, one by one.
 
         Raises:
-            Refusal: NOT_FOUND, the node or a worker.
+            Refusal: NOT_FOUND, the node, a worker, or anything that they wrote there.
         """
         with self._state.changed:
             node = self._state.node(request.name)

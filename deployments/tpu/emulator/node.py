@@ -74,7 +74,7 @@ class Node:
         """What the hosts wrote, host by host: all of it ("/" or ""), a namespace ("NAMESPACE/") or one key ("NAMESPACE/KEY").
 
         Raises:
-            Refusal: NOT_FOUND, there is no such worker.
+            Refusal: NOT_FOUND, there is no such worker, or none of them wrote anything there, as Compute Engine answers.
         """
         namespace, _, key = query_path.strip("/").partition("/")
         numbers = [int(worker) if worker.isdigit() else -1 for worker in workers] or list(range(len(self.hosts)))
@@ -86,6 +86,8 @@ class Node:
                 if namespace in ("", space) and key in ("", name)
             ]
             found.append(tpu_v2.GuestAttributes(query_path=query_path, query_value=tpu_v2.GuestAttributesValue(items=entries)))
+        if not any(one.query_value.items for one in found):
+            raise not_found(f"{self.name}/guestAttributes/{query_path}")
         return found
 
     def _hosts(self, directory: Path) -> list[Host]:
