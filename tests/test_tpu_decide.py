@@ -69,6 +69,8 @@ def run(type_: str, **changed: object) -> RunSeen:
         (replace(SLICE, state="WAITING_FOR_RESOURCES", age_seconds=3601), PENDING, True, Change.NEXT_ZONE),
         # money
         (replace(SLICE, active_seconds=7201), RUNNING, True, Change.GAVE_UP),
+        (replace(SLICE, active_seconds=3601), replace(RUNNING, spent_seconds=3600), True, Change.GAVE_UP),
+        (replace(SLICE, active_seconds=3599), replace(RUNNING, spent_seconds=3600), False, None),
         # cancelling
         (replace(SLICE, state="ACCEPTED"), run("CANCELLING", started=False), True, Change.CANCELLED),
         (SLICE, run("CANCELLING", settled_seconds=5), False, None),

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import json
 from typing import Any
 from uuid import UUID
 
 import pytest
+from prefect.client.schemas.objects import State, StateType
 from pydantic import ValidationError
 
 from deployments.tpu.cloud import queued_resource
 from deployments.tpu.form import TPUJobConfiguration
 from deployments.tpu.host_agent import LAUNCH
 from deployments.tpu.request import SliceName, label, labels, metadata
-from deployments.tpu.seen import limits_of
+from deployments.tpu.seen import limits_of, spent_seconds
 from deployments.tpu.worker import TPUWorker
 from model.slices import SLICES
 
@@ -163,3 +165,15 @@ def test_settings_of_the_workers_machine_stay_there(monkeypatch: pytest.MonkeyPa
     assert configuration.env["PREFECT_LLAMA_CACHE"] == "/cache"
     assert configuration.env["PREFECT__FLOW_RUN_ID"] == str(RUN)
     assert configuration.env["PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR"] == "relinquish"
+
+
+def test_time_that_earlier_slices_trained_is_counted() -> None:
+    began = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+    history = [
+        ("SCHEDULED", 0), ("PENDING", 10), ("PENDING", 20), ("RUNNING", 100), ("SCHEDULED", 400),  # 300 s on the first
+        ("PENDING", 500), ("SCHEDULED", 600),  # no slice was granted
+        ("PENDING", 700), ("RUNNING", 800), ("RUNNING", 900), ("SCHEDULED", 1000),  # 200 s on the next, which was rebooted
+        ("PENDING", 1100), ("RUNNING", 1200),  # on the newest, whose time is known
+    ]  # fmt: skip
+    states = [State(type=StateType(kind), timestamp=began + datetime.timedelta(seconds=after)) for kind, after in history]
+    assert spent_seconds(reversed(states)) == 500

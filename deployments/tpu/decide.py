@@ -76,6 +76,7 @@ class RunSeen:
     preemptions: int = 0
     failures: int = 0
     zones_tried: int = 1
+    spent_seconds: float = 0.0  # that earlier slices of the run trained
     message: str = ""  # of its state: what it crashed with
     age_seconds: float = 0.0  # since its state was set, by the server's clock; of a crashed run only
 
@@ -137,7 +138,7 @@ def _after_the_end(seen: SliceSeen, run: RunSeen, limits: Limits) -> Action:
     if again and (seen.state in ("SUSPENDING", "SUSPENDED") or seen.lost_nodes) and run.preemptions < limits.max_preemptions:
         return _preempted(run, limits, "the run crashed when Cloud TPU took the slice back")
     if again:
-        over, why = _over_budget(seen, limits), f"the run crashed: {run.message or 'without a reason'}"
+        over, why = _over_budget(seen, run, limits), f"the run crashed: {run.message or 'without a reason'}"
         if run.failures < limits.max_failures and not over:
             why = f"{why}; failure {run.failures + 1} of {limits.max_failures}"
             return Action(delete=True, change=Change.HOST_FAILED, why=why)
@@ -183,8 +184,10 @@ def _while_wanted(seen: SliceSeen, run: RunSeen, limits: Limits) -> Action:
 
 
 def _while_active(seen: SliceSeen, run: RunSeen, limits: Limits) -> Action:
-    if _over_budget(seen, limits):
-        return Action(delete=True, change=Change.GAVE_UP, why=f"max_cost is spent after {seen.active_seconds / 3600:.2f} hours")
+    if _over_budget(seen, run, limits):
+        return Action(
+            delete=True, change=Change.GAVE_UP, why=f"max_cost is spent after {(run.spent_seconds + seen.active_seconds) / 3600:.2f} hours"
+        )
     halted = [rank for rank, code in sorted(seen.exit_codes.items()) if code in HALTED]
     if halted:  # a preemption, a reboot, or a deletion: the slice's own state will say which
         if seen.halted_seconds > HALT_SECONDS:
@@ -204,8 +207,8 @@ def _while_active(seen: SliceSeen, run: RunSeen, limits: Limits) -> Action:
     return NOTHING
 
 
-def _over_budget(seen: SliceSeen, limits: Limits) -> bool:
-    return seen.active_seconds > limits.max_active_seconds
+def _over_budget(seen: SliceSeen, run: RunSeen, limits: Limits) -> bool:
+    return run.spent_seconds + seen.active_seconds > limits.max_active_seconds
 
 
 def _preempted(run: RunSeen, limits: Limits, why: str) -> Action:

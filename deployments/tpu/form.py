@@ -73,7 +73,9 @@ class SliceFields(BaseModel):
     max_preemptions: int = Field(default=100, ge=0, description="How often the run is resumed after Cloud TPU took its slice back.")
     max_failures: int = Field(default=3, ge=0, description="How often the run is resumed after a host failed. Preemptions do not count.")
     max_cost: float | None = Field(
-        default=None, gt=0, description="US dollars at list price for one slice's time; then the run is saved and ends."
+        default=None,
+        gt=0,
+        description="US dollars at list price for the time of a run's slices; then they are deleted, and the run saves and ends.",
     )
     poll_seconds: float = Field(default=2.0, gt=0, le=10, description="How often the worker looks at slices and runs.")
     devices_per_host: int | None = Field(

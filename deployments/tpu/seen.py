@@ -57,7 +57,19 @@ def run_seen(run: FlowRun, states: list[State], newest_slice: str, *, settled_se
         preemptions=names.count(Change.PREEMPTED.value),
         failures=names.count(Change.HOST_FAILED.value),
         zones_tried=1 + names.count(Change.NEXT_ZONE.value),
+        spent_seconds=spent_seconds(states),
     )
+
+
+def spent_seconds(states: Iterable[State]) -> float:
+    """How long earlier slices of a run trained: from Running to the state that gave the run another slice. Their boots left no trace."""
+    total, began = 0.0, None
+    for state in sorted(states, key=lambda each: each.timestamp):
+        if state.type is StateType.RUNNING:
+            began = began or state.timestamp
+        elif state.type is StateType.SCHEDULED and began is not None:
+            total, began = total + (state.timestamp - began).total_seconds(), None
+    return total
 
 
 def limits_of(labels: dict[str, str]) -> Limits:
