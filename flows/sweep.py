@@ -32,6 +32,7 @@ from pydantic import Field
 
 from flows.sweep_schedule import DATA_STEPS_AT_ONCE, RunSchedule
 from tasks.artifacts import Artifact
+from tasks.config import RunConfig
 from tasks.experiment import resolve_run
 from tasks.places import place_of
 from tasks.planning import Plan
@@ -95,7 +96,7 @@ def sweep_llama(
         max_concurrent: Arms that train at once.
         budget: What all arms may cost together, such as 3hours, 200dollars or 1e18FLOPs; more is refused before anything starts.
         fit_budget: Run the arms that fit into the budget instead, in their order.
-        pool: Work pool that trains each arm. Unset: this run itself.
+        pool: Work pool that trains each arm. Unset, or inline: this run itself.
         root: Where artifacts lie: a directory, or gs://bucket/prefix. Unset: PREFECT_LLAMA_ROOT, else ./artifacts.
         sweep: A whole sweep as it is declared in Python, instead of all above down to train_batch_size.
 
@@ -106,7 +107,7 @@ def sweep_llama(
         base = resolve_run(preset, name=name, num_train_steps=num_train_steps, train_batch_size=train_batch_size)
         sweep = Sweep(base=base, grid=parse_grid(grid or []), draws=random, seed=seed)
     if pool is not None:
-        sweep = sweep.model_copy(update={"base": sweep.base.model_copy(update={"pool": pool})})
+        sweep = sweep.model_copy(update={"base": RunConfig(**{**dict(sweep.base), "pool": pool})})
     tell = get_run_logger().info
     planned = plan_sweep(sweep, root, budget=budget, fit=fit_budget, tell=tell)
     check_places(planned.taken_plans, tell)

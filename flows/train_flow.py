@@ -103,7 +103,7 @@ def train_llama(
         track: Trackers besides metrics.jsonl; offline without an account.
         tags: Tags for the trackers and the flow run.
         description: What the experiment is for, for its record.
-        pool: Work pool that trains, for example one of type tpu. Unset: this run itself.
+        pool: Work pool that trains, for example one of type tpu. Unset, or inline: this run itself.
         root: Where artifacts lie: a directory, or gs://bucket/prefix. Unset: PREFECT_LLAMA_ROOT, else ./artifacts.
         only: Regular expression: just the steps (kind/name) that it finds, and what they need.
         force: Regular expressions: run the steps (kind/name) that they find although they are there.

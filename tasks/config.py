@@ -65,6 +65,9 @@ class EvalHarnessConfig(Config):
         return groups
 
 
+INLINE = "inline"
+
+
 class RunConfig(Config):
     """One run, complete. Two runs whose identity fields are equal are the same run."""
 
@@ -79,7 +82,14 @@ class RunConfig(Config):
     eval_harness: EvalHarnessConfig = runtime(EvalHarnessConfig(), description="Tasks of lm-eval for checkpoints, beside the run.")
     track: tuple[TrackerName, ...] = runtime((), description="Trackers besides metrics.jsonl; offline without an account.")
     tags: tuple[str, ...] = runtime((), description="Tags for the trackers.")
-    pool: str | None = runtime(None, description="Work pool that trains, for example one of type `tpu`. Unset: this machine, in this run.")
+    pool: str | None = runtime(
+        None, description="Work pool that trains, for example one of type `tpu`. Unset, or `inline`: this machine, in this run."
+    )
+
+    @field_validator("pool")
+    @classmethod
+    def _pool(cls, value: str | None) -> str | None:
+        return None if value == INLINE else value  # which also takes back the pool that a preset or a deployment names
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:

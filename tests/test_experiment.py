@@ -75,6 +75,7 @@ def test_a_preset_with_changes() -> None:
     assert (run.name, run.train.num_train_steps, run.train.seed, run.track) == ("other", 7, 3, ("wandb",))
     assert run.train.learning_rate == preset("debug").train.learning_rate
     assert resolve_run("debug", train=TRAIN, learning_rate=0.5).train == TRAIN.model_copy(update={"learning_rate": 0.5})
+    assert (resolve_run("debug", pool="tpu").pool, resolve_run("debug", pool="inline").pool) == ("tpu", None)
 
 
 @pytest.mark.parametrize("name", list(Preset))
