@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -85,8 +86,14 @@ def test_the_form_in_the_ui(prefect: Prefect) -> None:
     assert schema["definitions"]["Preset"]["enum"] == [preset.value for preset in Preset]
     assert properties["num_train_steps"]["anyOf"][0] == {"type": "integer", "minimum": 1}
     assert schema["definitions"]["LlamaConfig"]["properties"]["num_kv_heads"]["description"]
-    schedules = deployment["schedules"]
-    assert [schedule["active"] for schedule in schedules] == [False]
+
+
+def test_the_canary_of_the_night_is_there_and_trains_anew(prefect: Prefect) -> None:
+    (schedule,) = httpx.get(f"{prefect.api}/deployments/name/train-llama/tpu", timeout=30).json()["schedules"]
+    assert not schedule["active"]
+    (pattern,) = schedule["parameters"]["force"]
+    steps = ("checkpoints/canary", "hf/canary", "tokens/plays", "checkpoints/mine")
+    assert [step for step in steps if re.search(pattern, step)] == [*steps[:2]]
 
 
 def test_how_many_runs_at_once(prefect: Prefect) -> None:
