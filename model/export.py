@@ -1,4 +1,4 @@
-"""The export process: `python -m model.export JOB.json DIRECTORY DTYPE` writes the last checkpoint as a Hugging Face directory."""
+"""The export process: `python -m model.export JOB.json DIRECTORY DTYPE STEP` writes a checkpoint as a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -18,8 +18,14 @@ from model.mixture_store import MixtureTokenizer
 from model.parameters import param_shapes
 
 
-def export(job: TrainingJob, directory: Path, dtype: Literal["float32", "bfloat16"]) -> None:
-    """Restores the weights of the job's last step, or their average, onto this machine and writes them with their tokenizer.
+def export(job: TrainingJob, directory: Path, dtype: Literal["float32", "bfloat16"], step: int | None = None) -> None:
+    """Restores the weights of one step, or their average, onto this machine and writes them with their tokenizer.
+
+    Args:
+        job: the run; its checkpoint may lie in a bucket.
+        directory: where to write, on this machine.
+        dtype: number format of the written weights.
+        step: of the checkpoint; None: the job's last.
 
     Raises:
         CheckpointError: the checkpoint is damaged.
@@ -31,19 +37,20 @@ def export(job: TrainingJob, directory: Path, dtype: Literal["float32", "bfloat1
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), param_shapes(config), shardings
     )
     field = "params" if job.train.ema_beta is None else "ema_params"
-    params = restore_params(job.checkpoints / str(job.train.num_train_steps), abstract, field=field)
+    params = restore_params(job.checkpoints / str(step or job.train.num_train_steps), abstract, field=field)
     save_hf(directory, config, params, tokenizer.path, dtype=dtype, generation_eos_token_ids=job.train.hf_generation_eos_token_ids)
 
 
 def main(arguments: list[str]) -> int:
     """Runs one export; returns the exit status."""
     die_with_parent()
-    job_file, directory, dtype = arguments
+    job_file, directory, dtype, step = arguments
     try:
         export(
             TrainingJob.model_validate_json(Path(job_file).read_text(encoding="utf-8")),
             Path(directory),
             cast('Literal["float32", "bfloat16"]', dtype),
+            int(step),
         )
     except Exception as error:
         foreseen = isinstance(error, ValueError | OSError)
@@ -55,6 +62,6 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 4:
-        sys.exit("usage: python -m model.export JOB.json DIRECTORY DTYPE")
+    if len(sys.argv) != 5:
+        sys.exit("usage: python -m model.export JOB.json DIRECTORY DTYPE STEP")
     sys.exit(main(sys.argv[1:]))

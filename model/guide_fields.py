@@ -40,7 +40,6 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
         (None,),
         "leave it out, and give default_train eval_harness=EvalHarnessConfig(tasks=..., steps=...)",
     ),
-    "steps_per_hf_export": ((None,), "leave it out: the Hugging Face directory is made from the last checkpoint"),
 }
 
 

@@ -51,6 +51,25 @@ def check_beginning(train: SimpleTrainConfig) -> None:
             raise ValueError("train.allow_partial_checkpoint has no effect where weights begin fresh: leave it out")
 
 
+def check_hf_exports(train: SimpleTrainConfig) -> None:
+    """Refuses exports of steps whose checkpoints would not be there. Raises ValueError with the remedy."""
+    every = train.steps_per_hf_export
+    if every == 0:
+        raise ValueError("train.steps_per_hf_export=0: give a number of steps, or -1 for the last checkpoint alone")
+    if every is None or every < 0 or every >= train.num_train_steps:
+        return
+    if every % train.steps_per_export:
+        raise ValueError(
+            f"train.steps_per_hf_export={every} is no multiple of train.steps_per_export={train.steps_per_export}, so there would be no "
+            "checkpoint to export: make it one"
+        )
+    if train.max_checkpoints is not None:
+        raise ValueError(
+            f"train.max_checkpoints={train.max_checkpoints} may remove checkpoints before they are exported every "
+            f"train.steps_per_hf_export={every}: leave it out, or set train.steps_per_hf_export=-1"
+        )
+
+
 class SimpleTrainConfig(Config):
     """One training run: batch, steps, optimizer, schedule, cadence."""
 
@@ -148,6 +167,12 @@ class SimpleTrainConfig(Config):
     minutes_per_checkpoint: float | None = runtime(
         10.0, gt=0, description="Save this long after the last save too; of these the newest two stay. Unset: never by the clock."
     )
+    steps_per_hf_export: int | None = runtime(
+        None,
+        ge=-1,
+        description="Make a Hugging Face directory of the checkpoint of every so many steps too, a multiple of steps_per_export; unset: as "
+        "often as that, where all checkpoints stay. -1: of the last one alone.",
+    )
     hf_generation_eos_token_ids: tuple[int, ...] | None = runtime(
         None, description="Ids that end a generated text, in the export's generation_config.json; unset: the tokenizer's EOS."
     )
@@ -213,6 +238,7 @@ class SimpleTrainConfig(Config):
                 raise ValueError(f"train.{field}=0: give the sequences per device, or -1 for the whole batch at once")
         check_effects(self)
         check_beginning(self)
+        check_hf_exports(self)
         if (last := self.batch_schedule.stages[-1]).start >= self.num_train_steps:
             raise ValueError(
                 f"train.train_batch_size has a stage that starts at step {last.start}, and train.num_train_steps={self.num_train_steps} "
@@ -242,6 +268,14 @@ class SimpleTrainConfig(Config):
         """The most checkpoints that lie on the disk at once, without the one being written."""
         stay = self.num_train_steps // self.steps_per_export
         return NEWEST_CHECKPOINTS + (stay if self.max_checkpoints is None else min(stay, self.max_checkpoints))
+
+    @property
+    def hf_export_steps(self) -> range:
+        """The steps whose checkpoints are exported beside the training; not the last one, which the export step takes."""
+        every = self.steps_per_hf_export
+        if every is None:
+            every = self.steps_per_export if self.max_checkpoints is None else -1
+        return range(0) if every < 0 else range(every, self.num_train_steps, every)
 
     @property
     def mesh_sizes(self) -> MeshSizes:

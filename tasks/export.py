@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from model.durable import write_durably, write_json
-from tasks.artifacts import Artifact
+from model.job import TrainingJob
+from tasks.artifacts import Artifact, read_manifest
 from tasks.bucket_runs import fetch_mixture
 from tasks.caching import StepOutput, step_task
 from tasks.chat import TEMPLATE_FILE
 from tasks.children import run_child
-from tasks.config import ExportConfig
+from tasks.config import ExportConfig, TrainingStep
 from tasks.data_steps import TfdsTask, Tokenization
 from tasks.mixture_config import Chat
 from tasks.model_card import CARD, model_card
@@ -28,20 +30,32 @@ def export_body(step: Step, directory: Path, inputs: tuple[Artifact, ...]) -> St
         ChildFailed: the checkpoint is damaged, or the disk is full.
     """
     checkpoint, mixture = inputs
-    config = step.config
+    training, config = step.upstream[0], step.config
+    assert isinstance(training.config, TrainingStep)
     assert isinstance(config, ExportConfig)
-    job = training_job(step.upstream[0], Path(checkpoint.path), mixture)
+    manifest = read_manifest(checkpoint.path)
+    stats = {} if manifest is None else manifest.stats
+    job = training_job(training, Path(checkpoint.path), mixture)
+    write_export(job, training, directory, config, training.config.train.num_train_steps, stats)
+    return StepOutput(stats={"dtype": config.dtype})
+
+
+def write_export(job: TrainingJob, training: Step, directory: Path, config: ExportConfig, step: int, stats: dict[str, Any]) -> None:
+    """Writes the checkpoint of `step` into `directory`, with the card. `stats`: of the training up to there, as its manifest has them.
+
+    Raises:
+        ChildFailed: the checkpoint is damaged, or the disk is full.
+    """
     if job.mixture_bucket is not None:
         fetch_mixture(ObjectPath.parse(job.mixture_bucket), tokens=False)
     with tempfile.TemporaryDirectory() as place:  # the exported directory is for others: nothing of ours in it
         job_file = Path(place) / "job.json"
         train = job.train.model_copy(update={"hf_generation_eos_token_ids": config.generation_eos_token_ids})
         write_json(job_file, job.model_copy(update={"train": train}).model_dump(mode="json"))
-        run_child("model.export", [str(job_file), str(directory.absolute()), config.dtype], lambda event: None)
-    if (template := chat_template_of(step.upstream[0])) is not None:
+        run_child("model.export", [str(job_file), str(directory.absolute()), config.dtype, str(step)], lambda event: None)
+    if (template := chat_template_of(training)) is not None:
         write_durably(directory / TEMPLATE_FILE, template.encode())
-    write_durably(directory / CARD, model_card(step, checkpoint, directory).encode())
-    return StepOutput(stats={"dtype": config.dtype})
+    write_durably(directory / CARD, model_card(training, config, stats, directory, step).encode())
 
 
 def chat_template_of(training: Step) -> str | None:

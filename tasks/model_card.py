@@ -12,11 +12,11 @@ from typing import Any
 
 from model.flops import num_parameters
 from model.secret_text import without_secrets
-from tasks.artifacts import Artifact, read_manifest
 from tasks.config import ExportConfig, TrainingStep
 from tasks.data_steps import RawFiles, RegisteredTask, TfdsTask
 from tasks.experiment_record import read_record
 from tasks.formatting import number
+from tasks.places import Place, place_of_working
 from tasks.steps import Step
 from tasks.summary import four_digits
 
@@ -28,29 +28,30 @@ LICENCE_PLACEHOLDER = (
 )
 
 
-def model_card(step: Step, checkpoint: Artifact, directory: Path) -> str:
-    """The card of the export that `step` makes from `checkpoint` into `directory`, where its config.json already is."""
-    training = step.upstream[0]
-    config, export = training.config, step.config
+def model_card(training: Step, export: ExportConfig, stats: dict[str, Any], directory: Path, step: int) -> str:
+    """The card of the export of `step` of a training, in `directory`, where its config.json already is.
+
+    `stats`: of the training up to that step, as its manifest has them when it is done; what is not in them is left out.
+    """
+    config = training.config
     assert isinstance(config, TrainingStep)
-    assert isinstance(export, ExportConfig)
-    manifest = read_manifest(checkpoint.path)
-    stats = {} if manifest is None else manifest.stats
     datasets = dataset_rows(training, stats.get("components") or {})
     exported = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     architecture, count = exported["architectures"][0], num_parameters(config.model.with_vocab(exported["vocab_size"]))
-    tokens = config.train.num_train_rows * config.train.seq_len_for(config.model)
+    tokens = config.train.batch_schedule.rows_before(step) * config.train.seq_len_for(config.model)
+    last = config.train.num_train_steps
+    steps = f"{step:,} steps" if step == last else f"the first {step:,} of {last:,} steps"
     parts = [
         _front_matter(datasets),
         f"# {training.name}",
         f"A language model of {number(count)} parameters (`{architecture}`), trained from "
         f"{'scratch' if config.initial_weights is None else 'the weights of another one'} on {number(tokens)} tokens in "
-        f"{config.train.num_train_steps:,} steps with prefect-llama. It goes on from a text; it was not taught to follow instructions"
+        f"{steps} with prefect-llama. It goes on from a text; it was not taught to follow instructions"
         f"{' beyond what its data shows' if datasets else ''}, and was not made safe for any use.",
         "## How to load it\n\n" + _how_to_load(),
         "## What it was trained on\n\n" + _dataset_table(datasets),
         "## How well it does\n\n" + _losses(stats.get("final") or {}),
-        "## How it was trained\n\n" + _configuration(config, export, training.fingerprint, _code(checkpoint.path)),
+        "## How it was trained\n\n" + _configuration(config, export, training.fingerprint, _code(place_of_working(directory.absolute().parent))),
         "## Licence\n\n" + LICENCE_PLACEHOLDER,
     ]
     return without_secrets("\n\n".join(parts)) + "\n"
@@ -122,7 +123,7 @@ def _losses(final: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _code(training: str) -> str:
+def _code(training: Place) -> str:
     """The commit that was launched, by the record of the run."""
     code = (read_record(training) or {}).get("code", {})
     if not code.get("commit"):

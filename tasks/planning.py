@@ -195,8 +195,9 @@ def _disk_of(root: Place) -> str:
 
 
 def checkpoint_bytes(config: RunConfig, model: LlamaConfig) -> int:
-    """Disk that the kept checkpoints, one being written, and the export need."""
-    return num_parameters(model) * (BYTES_PER_PARAMETER * (config.train.checkpoints_kept + 1) + 4)
+    """Disk that the kept checkpoints, one being written, and the exports need."""
+    train = config.train
+    return num_parameters(model) * (BYTES_PER_PARAMETER * (train.checkpoints_kept + 1) + 4 * (len(train.hf_export_steps) + 1))
 
 
 def local_device_count() -> int | None:

@@ -90,7 +90,9 @@ def test_what_is_said_in_another_way_here(given: dict[str, Any], here: dict[str,
         ({"explicit_mesh_axes": True}, r"train.explicit_mesh_axes=True .*train.data_parallel_size"),
         ({"pad_tokenizer_to_match_model": True}, r"model.vocab_size may be larger than the tokenizer's"),
         ({"steps_per_task_eval": 500}, r"train.steps_per_task_eval=500 .*EvalHarnessConfig"),
-        ({"steps_per_hf_export": -1}, r"train.steps_per_hf_export=-1 .*from the last checkpoint"),
+        ({"steps_per_hf_export": 0}, r"train.steps_per_hf_export=0: give .* or -1"),
+        ({"steps_per_hf_export": 30, "steps_per_export": 20}, r"train.steps_per_hf_export=30 is no multiple of train.steps_per_export=20"),
+        ({"steps_per_hf_export": 20, "steps_per_export": 20, "max_checkpoints": 2}, r"train.max_checkpoints=2 may remove checkpoints"),
         ({"int8": True, "quantized_matmul": "fp8"}, r"train.int8=True and train.quantized_matmul='fp8' contradict"),
         ({"resources": TpuPodConfig(tpu_type="v4-8"), "accelerator_type": "v4-16"}, r"train.resources and train.accelerator_type='v4-16'"),
         ({"resources": "v4-8"}, r"train.resources='v4-8': give ResourceConfig.with_tpu"),
@@ -101,6 +103,22 @@ def test_what_is_said_in_another_way_here(given: dict[str, Any], here: dict[str,
 def test_what_has_no_meaning_here_is_refused_with_the_remedy(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SimpleTrainConfig(**REQUIRED, **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [
+        ({}, []),
+        ({"steps_per_export": 40}, [40, 80]),
+        ({"steps_per_export": 50}, [50]),  # the last one is the export step's
+        ({"steps_per_export": 20, "steps_per_hf_export": 40}, [40, 80]),
+        ({"steps_per_export": 20, "steps_per_hf_export": -1}, []),
+        ({"steps_per_export": 20, "max_checkpoints": 1}, []),  # they would be gone
+        ({"steps_per_export": 20, "max_checkpoints": 1, "steps_per_hf_export": 100}, []),
+    ],
+)
+def test_which_checkpoints_are_exported_before_the_last(given: dict[str, Any], steps: list[int]) -> None:
+    assert list(SimpleTrainConfig(**REQUIRED, **given).hf_export_steps) == steps
 
 
 def test_a_training_read_back_from_json_is_the_same() -> None:

@@ -14,7 +14,7 @@ from flows.command_line import run_command
 from model.config import LlamaConfig
 from model.durable import write_durably
 from model.train_config import SimpleTrainConfig
-from tasks.artifacts import Artifact, commit
+from tasks.artifacts import commit
 from tasks.config import ExportConfig, TrainingStep
 from tasks.data_steps import RawFiles
 from tasks.experiment_record import write_record
@@ -50,12 +50,12 @@ def exported(tmp_path: Path) -> Path:
     directory.mkdir(parents=True)
     final = {"train/loss": 3.5, "eval/loss": 3.25, "eval/bpb": 1.75, "eval/web/loss": 3.25, "eval/web/bpb": 1.75}
     stats = {"step": 12, "final": final, "components": {"web": {"tokens": 6144.0, "epochs": 2.5}}}
-    checkpoint: Artifact = commit(directory, training, files=[], stats=stats)
+    commit(directory, training, files=[], stats=stats)
     write_record(directory, {"code": {"commit": "0123abcd", "dirty": True}})
     (directory / "hf").mkdir()
     for name, data in HF.items():
         (directory / "hf" / name).write_bytes(data)
-    write_durably(directory / "hf" / CARD, model_card(export, checkpoint, directory / "hf").encode())
+    write_durably(directory / "hf" / CARD, model_card(training, ExportConfig(), stats, directory / "hf", 12).encode())
     commit(directory / "hf", export, stats={})
     return directory
 

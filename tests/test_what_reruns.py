@@ -28,7 +28,7 @@ EVERYTHING_READ = {"tokenizers/mix", "tokens/web", "tokens/books", *MIXED}
 RUNTIME = {
     LlamaConfig: "use_flash_attention attn_backend flash_attention_block_size gradient_checkpointing scan_layers cross_entropy_block_size",
     SimpleTrainConfig: "accelerator_type slice_count data_parallel_size context_parallel_size tensor_parallel_size per_device_parallelism "
-    "per_device_eval_parallelism env_vars compiler_options steps_per_eval steps_per_export minutes_per_checkpoint max_checkpoints "
+    "per_device_eval_parallelism env_vars compiler_options steps_per_eval steps_per_export steps_per_hf_export minutes_per_checkpoint max_checkpoints "
     "max_rollbacks steps_per_log steps_per_sample sample_prompts sample_tokens watch_norms watchdog_minutes profiler profiler_start_step "
     "profiler_num_steps",
     RunConfig: "tokenize track tags pool",
@@ -71,6 +71,7 @@ CHANGED: dict[tuple[type[BaseModel], str], tuple[dict[str, Any], dict[str, Any]]
     (SimpleTrainConfig, "per_device_eval_parallelism"): ({}, {"per_device_eval_parallelism": 2}),
     (SimpleTrainConfig, "env_vars"): ({}, {"env_vars": {"A": "1"}}),
     (SimpleTrainConfig, "compiler_options"): ({}, {"compiler_options": {"a": "1"}}),
+    (SimpleTrainConfig, "steps_per_hf_export"): ({}, {"steps_per_hf_export": -1}),
     (SimpleTrainConfig, "max_checkpoints"): ({}, {"max_checkpoints": 3}),
     (SimpleTrainConfig, "sample_prompts"): ({}, {"sample_prompts": ("A",)}),
     (SimpleTrainConfig, "initialize_from_checkpoint_path"): ({}, {"initialize_from_checkpoint_path": "CHECKPOINT"}),

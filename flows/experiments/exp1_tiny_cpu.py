@@ -20,6 +20,7 @@ train_config = SimpleTrainConfig(
     compute_dtype="float32",
     steps_per_eval=80,
     steps_per_export=80,
+    steps_per_hf_export=-1,
     sample_prompts=("HAM.\nTo be, or not", "Enter the King"),
 )
 

@@ -24,6 +24,7 @@ train_config = SimpleTrainConfig(
     compute_dtype="float32",
     steps_per_eval=100,
     steps_per_export=50,
+    steps_per_hf_export=-1,
     max_checkpoints=1,
 )
 
