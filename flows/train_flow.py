@@ -15,9 +15,8 @@ from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
-from flows.harness_flow import evaluate_model
+from flows.run_work import check_hub, owed_work_of
 from model.config import LlamaConfig
-from model.inference_jobs import HarnessJob
 from model.trackers import TrackerName
 from model.train_config import SimpleTrainConfig
 from tasks.artifacts import Artifact
@@ -25,13 +24,12 @@ from tasks.children import ChildStopped, allow_children, stop_children
 from tasks.config import EvalHarnessConfig, ExportConfig
 from tasks.datasets import Mixture
 from tasks.download import download
-from tasks.eval_harness import Evaluations
 from tasks.experiment import resolve_run, root_place
-from tasks.experiment_record import training_step
 from tasks.export import export_hf
 from tasks.mixture import mix
+from tasks.owed_work import OwedWork
 from tasks.pipeline import StepsFailed, label
-from tasks.planning import Plan, local_device_count, plan_run
+from tasks.planning import Plan, plan_run
 from tasks.pool_doctor import check_pool
 from tasks.preflight import check_accelerator
 from tasks.presets import Preset
@@ -52,7 +50,7 @@ TASKS = {
 }
 
 
-LOOK_SECONDS = 2.0  # between two looks for checkpoints to evaluate
+LOOK_SECONDS = 2.0  # between two looks for checkpoints to export or evaluate
 
 # Independent steps, such as tokenizing two datasets, run side by side. (Prefect's own annotation is invariant.)
 _TASK_RUNNER: Any = ThreadPoolTaskRunner(max_workers=4)
@@ -129,46 +127,33 @@ def train_llama(
     found = check_accelerator(config.name, plan.model, config.train, tell=get_run_logger().info, pool=config.pool)
     if config.pool is not None and plan.trains:
         check_pool(config.pool, plan.root, config.train, tell=get_run_logger().info)
+    check_hub(plan)
     publish_plan(plan)
     publish_record(plan, description or "", found)
     return run_and_tell(plan)
 
 
 def run_and_tell(plan: Plan) -> list[Artifact]:
-    """Runs a plan, evaluates its checkpoints, and keeps the outcome as artifacts of the flow run and as the run's page.
+    """Runs a plan and what it owes besides: exports, evaluations, a push. The outcome is kept in the UI and as the run's page.
 
     Raises:
-        ObligationsLeft: everything is done but evaluations that failed.
+        ObligationsLeft: everything is done but some of these, which failed.
     """
-    evaluations = evaluations_of(plan)
-    artifacts = run_plan(plan, evaluations)
+    owed = owed_work_of(plan)
+    artifacts = run_plan(plan, owed)
     publish_summary(plan, artifacts)
     try:
-        if evaluations is not None:
-            publish_evaluations(plan, evaluations.at_the_end())
+        if owed is not None:
+            publish_evaluations(plan, owed.at_the_end())
     finally:
         publish_report(artifacts)
     return artifacts
 
 
-def evaluations_of(plan: Plan) -> Evaluations | None:
-    """What evaluates the checkpoints of the plan's training, now or owed from earlier starts; None where the plan trains nothing."""
-    training = training_step(plan)
-    if training is None:
-        return None
-
-    def evaluate(job: HarnessJob) -> Artifact:
-        return evaluate_model(job, root=str(plan.root))
-
-    # where a TPU or GPU is attached, the training has it
-    free = plan.config.pool is not None or local_device_count() is not None
-    return Evaluations(training.directory(plan.root), plan.config, evaluate, get_run_logger().warning, beside=free)
-
-
-def run_plan(plan: Plan, evaluations: Evaluations | None = None) -> list[Artifact]:
+def run_plan(plan: Plan, owed: OwedWork | None = None) -> list[Artifact]:
     """Submits every step with its inputs; independent ones run at once, and go on where others fail.
 
-    Whatever ends this call stops the children first. Meanwhile checkpoints are evaluated, where that is asked for.
+    Whatever ends this call stops the children first. Meanwhile checkpoints are exported and evaluated, where that is asked for.
 
     Raises:
         StepsFailed: which steps failed, and which were left because of them.
@@ -179,8 +164,8 @@ def run_plan(plan: Plan, evaluations: Evaluations | None = None) -> list[Artifac
     try:
         for step in plan.wanted:
             futures[step.fingerprint] = submit(step, plan, futures)
-        if evaluations is not None and plan.config.eval_harness.tasks:
-            look_while_running(futures.values(), evaluations.while_training)
+        if owed is not None:
+            look_while_running(futures.values(), owed.while_training)
         return artifacts_of({label(step): futures[step.fingerprint] for step in plan.wanted})
     except StepsFailed:  # all have ended; children that are there belong to other runs of this process
         raise

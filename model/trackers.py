@@ -113,7 +113,7 @@ class TrackerThread:
         *,
         capacity: int = CAPACITY,
     ) -> None:
-        self._name, self._open, self._session, self._deliveries = name, open_service, session, deliveries
+        self.name, self._open, self._session, self._deliveries = name, open_service, session, deliveries
         self._capacity = capacity
         self._changed = threading.Condition()
         self._queue: deque[Row] = deque()
@@ -123,12 +123,17 @@ class TrackerThread:
         self._sync_asked = self._ending = self._failed = self._dropped = False
         self._thread = threading.Thread(target=self._run, name=f"tracker-{name}", daemon=True)
 
+    @property
+    def delivered(self) -> bool:
+        """Whether it ended with every row that it was given."""
+        return not (self._failed or self._dropped or self._thread.is_alive())
+
     def begin(self, rows: Sequence[dict[str, Any]], resume_step: int) -> None:
         """Starts the thread, which opens the service."""
-        delivered = self._deliveries.step(self._name)
+        delivered = self._deliveries.step(self.name)
         self._handed = min(delivered, resume_step)
         if self._handed < delivered:  # it went back: the rows from there on are others, and none of them was delivered
-            self._deliveries.note(self._name, self._handed)
+            self._deliveries.note(self.name, self._handed)
         self._again.extend(_without_step(row) for row in rows if row["step"] > self._handed)
         self._thread.start()
 
@@ -173,7 +178,7 @@ class TrackerThread:
     def _run(self) -> None:
         try:
             service = self._open(
-                self._session.to_start_at(self._handed + 1, lambda at_least: self._deliveries.reserve_rows(self._name, at_least))
+                self._session.to_start_at(self._handed + 1, lambda at_least: self._deliveries.reserve_rows(self.name, at_least))
             )
         except Exception as error:
             self._fail("did not start", error)
@@ -218,7 +223,7 @@ class TrackerThread:
     def _note(self, step: int) -> None:
         # One that was given up notes nothing: in a run that goes back, the next attempt's thread is at work in this process.
         if not self._dropped and not self._failed:
-            self._deliveries.note(self._name, step)
+            self._deliveries.note(self.name, step)
 
     def _fail(self, how: str, error: Exception) -> None:
         with self._changed:
@@ -229,7 +234,7 @@ class TrackerThread:
             self._tell(f"{how} ({error}): metrics go on to metrics.jsonl")
 
     def _tell(self, what: str) -> None:
-        self._session.tell(without_secrets(f"{self._name} {what}"))
+        self._session.tell(without_secrets(f"{self.name} {what}"))
 
 
 def _without_step(row: dict[str, Any]) -> Row:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +65,12 @@ def _final(bucket: str | None, directory: Path, step: int) -> dict[str, Any]:
     return {key: value for row in rows for key, value in row.items() if key.startswith(("train/", "eval/")) and not key.endswith("time")}
 
 
-def saved_steps(run: Place) -> list[int]:
-    """The steps of a run's checkpoints, which are whole, newest first; none where there are none. Raises StorageError."""
+def saved_steps(run: Place, known: Collection[int] = ()) -> list[int]:
+    """The steps of a run's checkpoints that are whole; in a bucket those `known` to be so are not looked at again. Raises StorageError."""
     if isinstance(run, Path):
         return steps_in(run / "checkpoints")
-    named = [place for place in objects.directories_in(run / "checkpoints") if place.name.isdigit()]
-    return sorted((int(place.name) for place in named if _is_committed(place)), reverse=True)
+    named = {int(place.name): place for place in objects.directories_in(run / "checkpoints") if place.name.isdigit()}
+    return [step for step, place in named.items() if step in known or _is_committed(place)]
 
 
 def _is_committed(checkpoint: ObjectPath) -> bool:

@@ -28,6 +28,11 @@ class ExportConfig(Config):
     generation_eos_token_ids: tuple[int, ...] | None = Field(
         default=None, description="Ids that end a generated text; unset: train.hf_generation_eos_token_ids, else the tokenizer's EOS."
     )
+    hub_repo_id: str | None = runtime(
+        None,
+        pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$",
+        description="Push the finished directory to this repository of the Hugging Face hub, ORG/NAME, at the end; needs HF_TOKEN.",
+    )
 
 
 # The tasks that Marin evaluates base models by, with the examples each is asked after.

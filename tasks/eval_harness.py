@@ -1,4 +1,4 @@
-"""Evaluating a run's checkpoints by lm-eval while it trains and after it: which are due, in flow runs of their own, none forgotten."""
+"""Evaluating checkpoints of a run by lm-eval: which of them, what is refused before it starts, and the numbers of one."""
 
 from __future__ import annotations
 
@@ -6,23 +6,12 @@ import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-from model.checkpoint_files import steps_in
 from model.inference_jobs import HarnessJob
-from model.secret_text import without_secrets
 from tasks.artifacts import Artifact, brought_here
-from tasks.bucket_runs import model_here
-from tasks.children import ChildStopped
-from tasks.config import RunConfig
-from tasks.obligations import Ledger, Obligation, due_steps
-from tasks.places import Place
+from tasks.config import EvalHarnessConfig, RunConfig
 
 RESULTS = "results.json"
-
-
-class ObligationsLeft(ValueError):
-    """A run whose training is done, and which still owes an evaluation that failed."""
 
 
 def check_eval_harness(config: RunConfig) -> None:
@@ -48,80 +37,23 @@ def check_eval_harness(config: RunConfig) -> None:
         )
 
 
-class Evaluations:
-    """The evaluations of one run. `evaluate` runs one job of lm-eval as a flow run of its own."""
+def due_steps(harness: EvalHarnessConfig, num_train_steps: int) -> list[int]:
+    """The steps whose checkpoints are evaluated: multiples of `steps`, and the last; none where there are no tasks."""
+    if not harness.tasks:
+        return []
+    return [*range(harness.steps, num_train_steps, harness.steps), num_train_steps]
 
-    def __init__(
-        self, run: Place, config: RunConfig, evaluate: Callable[[HarnessJob], Artifact], tell: Callable[[str], None], *, beside: bool
-    ) -> None:
-        """`run`: the run's directory. `beside`: whether this machine's devices are free while the training goes on."""
-        self._run, self._config, self._evaluate, self._tell, self._beside = run, config, evaluate, tell, beside
-        self._tried: set[Any] = set()
 
-    def while_training(self) -> None:
-        """Evaluates what is due by now. What fails is told and kept: it never stops the training."""
-        # in a bucket a run is evaluated by its export, which comes last
-        if self._beside and isinstance(self._run, Path) and self._reached():
-            self._work_off()
-
-    def at_the_end(self) -> list[dict[str, Any]]:
-        """Evaluates all that is left, of earlier starts too; the rows of all evaluations of the run.
-
-        Raises:
-            ObligationsLeft: some failed; the next start of the run tries them again.
-        """
-        self._work_off()
-        ledger = Ledger(self._run)
-        if ledger.due:
-            why = "; ".join(f"step {one.step}: {one.error}" for one in ledger.due)
-            raise ObligationsLeft(f"{self._config.name} is trained, but evaluations failed ({why}): the same command tries them again")
-        return ledger.rows()
-
-    def _reached(self) -> list[int]:
-        """The steps to evaluate that a checkpoint has reached."""
-        due = due_steps(self._config.eval_harness, self._config.train.num_train_steps)
-        if not isinstance(self._run, Path):
-            return due[-1:]
-        newest = max(steps_in(self._run / "checkpoints"), default=0)
-        return [step for step in due if step <= newest]
-
-    def _work_off(self) -> None:
-        ledger = Ledger(self._run)
-        ledger.owe(self._reached(), self._config.eval_harness)
-        for one in ledger.due:
-            if one.key in self._tried:
-                continue
-            self._tried.add(one.key)
-            try:
-                metrics = self._metrics(one)
-            except ChildStopped:
-                raise
-            except Exception as error:  # whatever it was: it is owed still, and the training goes on
-                ledger.failed(one, without_secrets(str(error))[:500])
-                self._tell(f"the evaluation of step {one.step} failed: {without_secrets(str(error))[:500]}")
-            else:
-                ledger.met(one, metrics)
-
-    def _metrics(self, one: Obligation) -> dict[str, float]:
-        """The numbers of one checkpoint, each group of tasks with as many examples as it asks for."""
-        metrics: dict[str, float] = {}
-        groups = one.harness.by_num_fewshot()
-        for shots, names in groups.items():
-            job = HarnessJob(
-                model=self._model(one.step), tasks=names, task_dir=one.harness.task_dir, num_fewshot=shots, limit=one.harness.limit
-            )
-            results = Path(brought_here(self._evaluate(job)).path) / RESULTS
-            found = json.loads(results.read_text(encoding="utf-8"))["metrics"]
-            metrics |= dict(_named(found, shots, alone=len(groups) == 1))
-        return metrics
-
-    def _model(self, step: int) -> Path:
-        if not isinstance(self._run, Path):
-            return model_here(str(self._run))
-        place = self._run / "checkpoints" / str(step)
-        if not place.is_dir():
-            raise ValueError(f"its checkpoint {place} is gone: train again with --force checkpoints/{self._config.name}")
-        return place
+def evaluated(harness: EvalHarnessConfig, model: Path, evaluate: Callable[[HarnessJob], Artifact]) -> dict[str, float]:
+    """The numbers of one model, each group of tasks with as many examples as it asks for. `evaluate` runs one job of lm-eval."""
+    metrics: dict[str, float] = {}
+    groups = harness.by_num_fewshot()
+    for shots, names in groups.items():
+        job = HarnessJob(model=model, tasks=names, task_dir=harness.task_dir, num_fewshot=shots, limit=harness.limit)
+        results = Path(brought_here(evaluate(job)).path) / RESULTS
+        found = json.loads(results.read_text(encoding="utf-8"))["metrics"]
+        metrics |= dict(_named(found, shots, alone=len(groups) == 1))
+    return metrics
 
 
 def _named(found: dict[str, float], shots: int | None, *, alone: bool) -> Iterator[tuple[str, float]]:

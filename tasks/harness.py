@@ -23,6 +23,7 @@ from tasks.steps import Step
 
 RESULTS = "results.json"
 _FINGERPRINT = re.compile(r"-[0-9a-f]{16}$")
+_EXPORT = re.compile(r"hf(?:-step(-\d+))?")  # see tasks.checkpoint_exports
 
 
 class HarnessStep(Config):
@@ -63,8 +64,8 @@ def harness_step(job: HarnessJob) -> Step:
 def model_name(place: Path) -> str:
     """The name of the run that a model is of, with the step of a checkpoint; of a model from elsewhere, its directory's."""
     run, step = (place.parent.parent, f"-{place.name}") if place.name.isdigit() else (place, "")
-    if run.name == "hf" and _FINGERPRINT.search(run.parent.name):
-        run = run.parent
+    if (exported := _EXPORT.fullmatch(run.name)) and _FINGERPRINT.search(run.parent.name):
+        run, step = run.parent, exported[1] or ""
     name = re.sub(r"[^A-Za-z0-9._-]", "-", _FINGERPRINT.sub("", run.name)).lstrip(".") or "model"
     return name[: 64 - len(step)] + step
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from model.model_place import HF_CONFIG_FILE, is_hf
@@ -29,16 +31,12 @@ def push_export(run: str, repo_id: str, *, public: bool = False, revision: str |
     Raises:
         ValueError: no export, a damaged one, no token, or the hub refused; with the remedy.
     """
-    token = os.environ.get(TOKEN)
-    if not token:
-        raise ValueError(f"{TOKEN} is not set: put a token with write access for {repo_id} there (hub: Settings, Access Tokens)")
+    token = _token(repo_id)
     directory = export_of(run)
-    import httpx
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     api = HfApi(token=token)
-    try:
+    with _hub_errors(repo_id):
         api.create_repo(repo_id, private=not public, exist_ok=True)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -49,6 +47,33 @@ def push_export(run: str, repo_id: str, *, public: bool = False, revision: str |
             commit_message=f"Export of {directory.parent.name}",
             ignore_patterns=[MANIFEST, ".*"],
         )
+    return str(done.commit_url), _to_look_at(directory)
+
+
+def check_push(repo_id: str) -> None:
+    """Asks the hub whether it knows this machine's token, before a run that ends with a push. Raises ValueError with the remedy."""
+    token = _token(repo_id)
+    from huggingface_hub import HfApi
+
+    with _hub_errors(repo_id):
+        HfApi(token=token).whoami()
+
+
+def _token(repo_id: str) -> str:
+    token = os.environ.get(TOKEN)
+    if not token:
+        raise ValueError(f"{TOKEN} is not set: put a token with write access for {repo_id} there (hub: Settings, Access Tokens)")
+    return token
+
+
+@contextmanager
+def _hub_errors(repo_id: str) -> Iterator[None]:
+    """What the hub or the way there refuses, as a ValueError with the remedy."""
+    import httpx
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    try:
+        yield
     except HFValidationError as error:
         raise ValueError(f"--repo={repo_id!r}: {error}") from None
     except HfHubHTTPError as error:
@@ -58,7 +83,6 @@ def push_export(run: str, repo_id: str, *, public: bool = False, revision: str |
         raise ValueError(
             f"the hub cannot be reached ({without_secrets(str(error))[:200]}): try again when this machine is online"
         ) from None
-    return str(done.commit_url), _to_look_at(directory)
 
 
 def export_of(run: str) -> Path:

@@ -97,7 +97,7 @@ def incidents(place: Place, record: dict[str, Any], rows: list[dict[str, Any]]) 
         if row.get("optim/skipped_step"):
             yield "step skipped", f"step {row['step']}", f"loss {row.get('train/loss')}, gradient norm {row.get('grad/norm/total')}"
     for one in Ledger(place).due:
-        yield "evaluation owed", f"step {one.step}", one.error or "not made yet"
+        yield f"{one.kind} owed", f"step {one.step}", one.error or "not made yet"
 
 
 def _comparison(plan: dict[str, Any], rows: list[dict[str, Any]], last_step: int) -> Iterator[tuple[str, str, str]]:

@@ -79,6 +79,13 @@ class Sweep(Config):
                 "eval_harness.tasks: arms are compared by their held-out loss, no tasks are run on them: leave it out, "
                 "and ask flows/harness.py about the best"
             )
+        if self.base.export.hub_repo_id is not None:
+            raise ValueError(
+                f"export.hub_repo_id={self.base.export.hub_repo_id!r}: all arms would be pushed to one repository: leave it out, and push "
+                "the best with `python flows/train.py push RUN --repo ORG/NAME`"
+            )
+        if (every := self.base.train.steps_per_hf_export) is not None and self.base.train.hf_export_steps:
+            raise ValueError(f"train.steps_per_hf_export={every}: of arms only the last checkpoints are exported: leave it out")
         for path, values in self.grid.items():
             if isinstance(values, Span):
                 if self.draws is None:

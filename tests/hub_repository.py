@@ -33,6 +33,8 @@ class HubRepository:
             return handler.json({"errors": [], "warnings": []})
         if handler.headers.get("Authorization") != f"Bearer {self.TOKEN}":
             return handler.json({"error": "no write access"}, 403)
+        if path == "/api/whoami-v2":
+            return handler.json({"type": "user", "name": "somebody"})
         if path == "/api/repos/create":
             self.created.append(json.loads(body))
             return handler.json({"url": f"{self.server.url}/org/name"})

@@ -11,10 +11,11 @@ import pytest
 from model.inference_jobs import HarnessJob
 from tasks.artifacts import Artifact, commit
 from tasks.children import ChildFailed, ChildStopped
-from tasks.config import CORE_TASKS, EvalHarnessConfig, RunConfig
-from tasks.eval_harness import RESULTS, Evaluations, ObligationsLeft, check_eval_harness
+from tasks.config import CORE_TASKS, EvalHarnessConfig, ExportConfig, RunConfig
+from tasks.eval_harness import RESULTS, check_eval_harness, due_steps
 from tasks.experiment_record import read_record
-from tasks.obligations import EVALS, OBLIGATIONS, Ledger, due_steps
+from tasks.obligations import EVALS, OBLIGATIONS, Ledger
+from tasks.owed_work import ObligationsLeft, OwedWork, Workers
 from tasks.presets import preset
 from tasks.steps import Step
 from tests.lm_eval_tasks import write_tasks
@@ -63,8 +64,13 @@ def reach(run: Path, *steps: int) -> None:
         (run / "checkpoints" / str(step)).mkdir(parents=True)
 
 
-def evaluations(run: Path, config: RunConfig, harness: Harness, said: list[str] | None = None, *, beside: bool = True) -> Evaluations:
-    return Evaluations(run, config, harness, (said if said is not None else []).append, beside=beside)
+def evaluations(run: Path, config: RunConfig, harness: Harness, said: list[str] | None = None, *, beside: bool = True) -> OwedWork:
+    workers = Workers(evaluate=harness, export=never, push=never, track=never)
+    return OwedWork(run, config, ExportConfig(), workers, (said if said is not None else []).append, beside=beside)
+
+
+def never(*asked: Any) -> Any:
+    raise AssertionError(f"nobody asked for {asked}")
 
 
 def test_checkpoints_are_evaluated_as_they_are_reached_and_once(run: Path, harness: Harness) -> None:
@@ -105,7 +111,7 @@ def test_a_failure_stops_nothing_is_told_once_and_is_tried_again_by_the_next_sta
     made.while_training()
     made.while_training()
     assert said == ["the evaluation of step 40 failed: no task 'mine'"]
-    with pytest.raises(ObligationsLeft, match=r"evaluations failed \(step 40: no task 'mine'\): the same command tries them again"):
+    with pytest.raises(ObligationsLeft, match=r"this failed: the evaluation of step 40: no task 'mine'\. The same command tries it again"):
         made.at_the_end()
     harness.error = None
     assert [row["step"] for row in evaluations(run, run_config("mine"), harness).at_the_end()] == [40]

@@ -172,6 +172,7 @@ def test_a_step_is_its_model_and_its_tasks_by_content(run: TrainedRun, tasks: Pa
     ]
     assert len({last, *others}) == 6
     assert model_name(run.hf) == "mine"
+    assert model_name(run.directory / "hf-step-6") == "mine-6"
     assert model_name(run.directory / "checkpoints" / "12") == "mine-12"
     with pytest.raises(ValueError, match=r"--task-dir=.* is no directory"):
         fingerprint(run.hf, task_dir=tmp_path / "none")

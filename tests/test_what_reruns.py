@@ -28,10 +28,11 @@ EVERYTHING_READ = {"tokenizers/mix", "tokens/web", "tokens/books", *MIXED}
 RUNTIME = {
     LlamaConfig: "use_flash_attention attn_backend flash_attention_block_size gradient_checkpointing scan_layers cross_entropy_block_size",
     SimpleTrainConfig: "accelerator_type slice_count data_parallel_size context_parallel_size tensor_parallel_size per_device_parallelism "
-    "per_device_eval_parallelism env_vars compiler_options steps_per_eval steps_per_export steps_per_hf_export minutes_per_checkpoint max_checkpoints "
-    "max_rollbacks steps_per_log steps_per_sample sample_prompts sample_tokens watch_norms watchdog_minutes profiler profiler_start_step "
-    "profiler_num_steps",
+    "per_device_eval_parallelism env_vars compiler_options steps_per_eval steps_per_export steps_per_hf_export minutes_per_checkpoint "
+    "max_checkpoints max_rollbacks steps_per_log steps_per_sample sample_prompts sample_tokens watch_norms watchdog_minutes "
+    "profiler profiler_start_step profiler_num_steps",
     RunConfig: "tokenize track tags pool",
+    ExportConfig: "hub_repo_id",
     Dataset: "sha256 licence homepage tags source_bytes allow_test_in_train allow_links",
     TokenizeConfig: "runner workers dask_address accelerator tries",
 }
@@ -87,6 +88,7 @@ CHANGED: dict[tuple[type[BaseModel], str], tuple[dict[str, Any], dict[str, Any]]
     (SimpleTrainConfig, "allow_partial_checkpoint"): ({"initialize_from_hf": "HF"}, {"allow_partial_checkpoint": True}),
     (SimpleTrainConfig, "hf_generation_eos_token_ids"): ({}, {"hf_generation_eos_token_ids": (2, 3)}),
     (ExportConfig, "generation_eos_token_ids"): ({}, {"generation_eos_token_ids": (2, 3)}),
+    (ExportConfig, "hub_repo_id"): ({}, {"hub_repo_id": "org/name"}),
     (Mixture, "weights"): ({}, {"weights": {"web": 1.0, "books": 3.0}}),
     (Mixture, "later_weights"): ({}, {"later_weights": ({"step": 10, "weights": {"books": 1.0}},)}),
     (Mixture, "tokenizer"): ({}, {"tokenizer": SentencePieceTraining(vocab_size=3000)}),
