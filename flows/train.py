@@ -26,7 +26,7 @@ if __name__ == "__main__":
 from typing import TYPE_CHECKING, Any
 
 from model.config import LlamaConfig, RopeConfig
-from model.guide_fields import ResourceConfig, TpuPodConfig
+from model.guide_fields import ResourceConfig, TpuPodConfig, WatchConfig
 from model.train_config import SimpleTrainConfig
 from tasks.anneal import AnnealConfig, ContinuedRun, anneal_after, default_anneal
 from tasks.config import RunConfig
@@ -49,6 +49,7 @@ __all__ = [
     "RopeConfig",
     "SimpleTrainConfig",
     "TpuPodConfig",
+    "WatchConfig",
     "anneal_after",
     "default_anneal",
     "default_download",

@@ -160,6 +160,9 @@ class SimpleTrainConfig(Config):
     env_vars: dict[str, str] = runtime({}, description="Environment of the training processes, for example LIBTPU_INIT_ARGS; no secrets.")
     compiler_options: dict[str, str] = runtime({}, description="XLA options by name; `python -m model.preflight` finds those that pay.")
     steps_per_eval: int = runtime(1000, ge=1, description="Evaluate on the held-out split every so many steps, and at the end.")
+    steps_per_task_eval: int | None = runtime(
+        None, ge=1, description="For default_train, which makes it eval_harness.steps: run tasks of lm-eval every so many steps."
+    )
     max_eval_batches: int | None = Field(
         default=None, ge=1, description="Evaluate at most so many times the rows of a training batch, of each component; unset: all."
     )

@@ -98,6 +98,10 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
+        if self.train.steps_per_task_eval is not None:
+            raise ValueError(
+                f"train.steps_per_task_eval={self.train.steps_per_task_eval} is read by default_train alone: set eval_harness.steps instead"
+            )
         if self.train.train_seq_len is not None and self.train.train_seq_len > self.model.seq_len:
             raise ValueError(
                 f"train.train_seq_len={self.train.train_seq_len} is longer than model.seq_len={self.model.seq_len}: "

@@ -38,6 +38,7 @@ def default_train(
     Args:
         tokenized: a mixture, or one dataset with its tokenizer (`default_tokenize`).
         use_default_validation: evaluate on the sets of Paloma too. None: where all that is trained on has to be downloaded too.
+        train_config: its `steps_per_task_eval`, where set, becomes `eval_harness.steps`.
         eval_harness_tasks: tasks of lm-eval for checkpoints, beside the run (`core`, or names such as `piqa:10`).
         track: trackers besides metrics.jsonl.
         eval_harness: the same with all its settings.
@@ -50,6 +51,14 @@ def default_train(
             raise ValueError(f"{field}={value!r} is one text where a list is meant: write [{value!r}]")
     if eval_harness_tasks and eval_harness is not None:
         raise ValueError(f"eval_harness_tasks={list(eval_harness_tasks)!r} and eval_harness say the same: leave one out")
+    harness = eval_harness or EvalHarnessConfig(tasks=tuple(eval_harness_tasks))
+    if (every := train_config.steps_per_task_eval) is not None:
+        if harness.steps != every and "steps" in harness.model_fields_set:
+            raise ValueError(
+                f"train.steps_per_task_eval={every} and eval_harness.steps={harness.steps} contradict each other: leave one out"
+            )
+        harness = harness.model_copy(update={"steps": every})
+        train_config = train_config.model_copy(update={"steps_per_task_eval": None})
     return RunConfig(
         name=name,
         model=model_config,
@@ -57,7 +66,7 @@ def default_train(
         data=with_default_validation(as_mixture(tokenized), use_default_validation),
         tags=tuple(tags),
         track=tuple(track),
-        eval_harness=eval_harness or EvalHarnessConfig(tasks=tuple(eval_harness_tasks)),
+        eval_harness=harness,
     )
 
 

@@ -87,12 +87,12 @@ def test_in_a_bucket_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         variables = {"STORAGE_EMULATOR_HOST": url, "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
         flags = (*EXPORTED, *evaluated(tmp_path))
         MainJob(tmp_path / "root", tmp_path / "home", *flags, place=place, **variables).succeed()
-        (run,) = objects.directories_in(ObjectPath.parse(place) / "checkpoints")
+        (run,) = [found for found in objects.directories_in(ObjectPath.parse(place) / "checkpoints") if found.name.startswith("job-")]
         assert Ledger(run).due == []
         made = {name.split("/")[0] for name in objects.below(run) if name.startswith("hf")}
         assert made == {"hf", "hf-step-10", "hf-step-15", "hf-step-20"}, "a step that is evaluated is exported for it"
         for name in made:
-            assert {path for path in objects.below(run / name)} >= WHOLE
+            assert set(objects.below(run / name)) >= WHOLE
         card = objects.read(run / "hf-step-10" / "README.md")[0].decode()
         assert "in the first 10 of 30 steps" in card
         assert "| training, the last logged step | n" not in card

@@ -11,7 +11,7 @@ from model.learning_rate import learning_rate_schedule
 from model.train_config import SimpleTrainConfig
 from tasks.anneal import AnnealConfig, anneal_after, checkpoint_step, default_anneal, last_checkpoint
 from tasks.catalogue import dclm_mixture_config_llama3, fineweb_edu, llama3_tokenizer, paloma
-from tasks.config import EvalHarnessConfig
+from tasks.config import EvalHarnessConfig, RunConfig
 from tasks.datasets import Dataset, Mixture, PromptCompletion, Reading, SentencePieceTraining, shakespeare_mixture
 from tasks.experiment import default_train, simulated_epoching_train, versioned
 from tasks.experiment_data import (
@@ -128,6 +128,14 @@ def test_tasks_of_lm_eval_are_said_once() -> None:
     assert run.eval_harness == EvalHarnessConfig(tasks=("piqa:10",))
     with pytest.raises(ValueError, match=r"eval_harness_tasks=\['piqa:10'\] and eval_harness say the same"):
         default_train("mine", shakespeare_mixture(), MODEL, TRAIN, eval_harness_tasks=["piqa:10"], eval_harness=EvalHarnessConfig())
+    often = SimpleTrainConfig(**{**dict(TRAIN), "steps_per_task_eval": 500})
+    for harness in (EvalHarnessConfig(tasks=("piqa:10",)), EvalHarnessConfig(tasks=("piqa:10",), steps=500)):
+        run = default_train("mine", shakespeare_mixture(), MODEL, often, eval_harness=harness)
+        assert (run.eval_harness.steps, run.train) == (500, TRAIN)
+    with pytest.raises(ValueError, match=r"train.steps_per_task_eval=500 and eval_harness.steps=250 contradict each other"):
+        default_train("mine", shakespeare_mixture(), MODEL, often, eval_harness=EvalHarnessConfig(tasks=("piqa:10",), steps=250))
+    with pytest.raises(ValueError, match=r"train.steps_per_task_eval=500 is read by default_train alone: set eval_harness.steps"):
+        RunConfig(name="mine", model=MODEL, train=often, data=shakespeare_mixture())
     assert versioned(3) == 3
 
 

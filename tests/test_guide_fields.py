@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from model.guide_fields import ResourceConfig, TpuPodConfig
+from model.guide_fields import ResourceConfig, TpuPodConfig, WatchConfig
+from model.optimizer_config import LionConfig, MuonConfig
 from model.train_config import SimpleTrainConfig
 
 REQUIRED: dict[str, Any] = {"train_batch_size": 8, "num_train_steps": 100, "learning_rate": 1e-3}
@@ -75,6 +76,13 @@ def test_none_stands_for_the_optimizers_own_values() -> None:
         ({"resources": TpuPodConfig(tpu_type="v4-128")}, {"accelerator_type": "v4-128"}),
         ({"resources": ResourceConfig.with_tpu("v4-128"), "accelerator_type": "v4-128"}, {"accelerator_type": "v4-128"}),
         ({"cycle_length": [40, 60]}, {"cycle_length": (40, 60)}),
+        ({"watch": WatchConfig()}, {}),
+        ({"watch": {"interval": 20, "watch_targets": "grads, params"}}, {}),
+        ({"watch": WatchConfig(interval=3), "steps_per_log": 3}, {"steps_per_log": 3}),
+        ({"watch": WatchConfig(watch_targets=())}, {"watch_norms": False}),
+        ({"watch": WatchConfig(include_norms=False, include_per_parameter_norms=False)}, {"watch_norms": False}),
+        ({"optimizer_config": MuonConfig(momentum=0.9)}, {"optimizer": "muon", "muon": MuonConfig(momentum=0.9)}),
+        ({"optimizer_config": LionConfig(), "optimizer": "lion"}, {"optimizer": "lion"}),
         ({"hf_generation_eos_token_ids": [1, 2]}, {"hf_generation_eos_token_ids": (1, 2)}),
     ],
 )
@@ -85,11 +93,16 @@ def test_what_is_said_in_another_way_here(given: dict[str, Any], here: dict[str,
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"optimizer_config": object()}, r"train.optimizer_config=.* is of no use here: set train.optimizer"),
-        ({"watch": {"interval": 10}}, r"train.watch=.*train.watch_norms"),
+        ({"optimizer_config": object()}, r"train.optimizer_config=.* is no optimizer of this project: give one of MuonConfig, LionConfig"),
+        ({"optimizer_config": LionConfig(), "optimizer": "muon"}, r"train.optimizer_config and train.optimizer='muon' contradict"),
+        ({"watch": {"include_histograms": True}}, r"train.watch: include_histograms=True is of no use here: .*train.watch_norms"),
+        ({"watch": WatchConfig(split_scan_layers=False)}, r"train.watch: split_scan_layers=False is of no use"),
+        ({"watch": WatchConfig(watch_targets=("grads", "opt_state"))}, r"train.watch: opt_state cannot be watched, only grads and params"),
+        ({"watch": WatchConfig(interval=15)}, r"train.watch: interval=15 is no multiple of train.steps_per_log: set that to 15 too"),
+        ({"watch": WatchConfig(), "watch_norms": False}, r"train.watch and train.watch_norms=False contradict"),
         ({"explicit_mesh_axes": True}, r"train.explicit_mesh_axes=True .*train.data_parallel_size"),
         ({"pad_tokenizer_to_match_model": True}, r"model.vocab_size may be larger than the tokenizer's"),
-        ({"steps_per_task_eval": 500}, r"train.steps_per_task_eval=500 .*EvalHarnessConfig"),
+        ({"steps_per_task_eval": 0}, r"steps_per_task_eval"),
         ({"steps_per_hf_export": 0}, r"train.steps_per_hf_export=0: give .* or -1"),
         ({"steps_per_hf_export": 30, "steps_per_export": 20}, r"train.steps_per_hf_export=30 is no multiple of train.steps_per_export=20"),
         ({"steps_per_hf_export": 20, "steps_per_export": 20, "max_checkpoints": 2}, r"train.max_checkpoints=2 may remove checkpoints"),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from tasks.config import EvalHarnessConfig
+from tasks.config import EvalHarnessConfig, ExportConfig
 from tasks.pipeline import run_steps
 from tasks.presets import preset
 from tasks.sweep_config import LONGEST_NAME, Span, Sweep, arm_name, parse_grid
@@ -131,7 +131,13 @@ def test_declared_in_python_it_has_the_same_runs() -> None:
         Span(low=0, high=1, log=True)
 
 
-def test_tasks_of_lm_eval_are_no_part_of_it() -> None:
+def test_tasks_pushes_and_exports_on_the_way_are_no_part_of_it() -> None:
+    for field, change in (
+        ("export.hub_repo_id", {"export": ExportConfig(hub_repo_id="org/name")}),
+        ("train.steps_per_hf_export", {"train": DEBUG.train.model_copy(update={"max_checkpoints": None, "steps_per_hf_export": 40})}),
+    ):
+        with pytest.raises(ValidationError, match=field):
+            Sweep(base=DEBUG.model_copy(update=change), grid={"train.learning_rate": (1e-3, 2e-3)})
     base = DEBUG.model_copy(update={"eval_harness": EvalHarnessConfig(tasks=("piqa",))})
     with pytest.raises(ValidationError, match=r"eval_harness.tasks: arms are compared by their held-out loss"):
         Sweep(base=base, grid={"train.seed": (1, 2)})

@@ -130,6 +130,7 @@ NAMED = {
 # What they are is not for a field to change: names are part of where a thing lies; datasets and sources are other data.
 APART = {(Mixture, "name"), (Mixture, "datasets"), (Dataset, "name"), (Dataset, "source")}
 APART |= {(Dataset, name) for name in ("seqio_task", "seqio_mixture", "seqio_module")}
+APART |= {(SimpleTrainConfig, "steps_per_task_eval")}  # of default_train, which makes it another field
 CASES = [
     (kind, name)
     for kind in (LlamaConfig, SimpleTrainConfig, ExportConfig, TokenizeConfig, Mixture, Dataset)

@@ -26,7 +26,7 @@ _COMPILED_BY = "model.preflight.compile_step"
 _IGNORED_TRAIN_FIELDS = frozenset(
     {
         "num_train_steps", "learning_rate", "warmup", "seed", "data_seed", "accelerator_type", "slice_count",
-        "steps_per_eval", "max_eval_batches", "steps_per_export", "steps_per_hf_export", "minutes_per_checkpoint",
+        "steps_per_eval", "steps_per_task_eval", "max_eval_batches", "steps_per_export", "steps_per_hf_export", "minutes_per_checkpoint",
         "max_checkpoints", "max_rollbacks", "steps_per_log", "steps_per_sample", "sample_prompts", "sample_tokens",
         "watchdog_minutes", "profiler", "profiler_start_step", "profiler_num_steps",
     }
