@@ -20,6 +20,7 @@ from tasks.places import SCHEME, ObjectPath, place_of, place_of_working, working
 from tasks.storage import make_directory
 
 EXPORT = "hf"
+STEP_EXPORT = "hf-step-"  # of a checkpoint before the last, with its step
 
 
 def bucket_of(directory: Path) -> str | None:
@@ -73,7 +74,7 @@ def model_here(path: str) -> Path:
     if not path.startswith(SCHEME):
         return Path(path)
     place = ObjectPath.parse(path)
-    place = place if place.name == EXPORT else place / EXPORT
+    place = place if place.name == EXPORT or place.name.startswith(STEP_EXPORT) else place / EXPORT
     if load_manifest(place)[0] is None:
         raise ValueError(
             f"{path}: there is no export in {place}. From a bucket a finished run's export is used: give the run's directory, "

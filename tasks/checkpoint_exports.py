@@ -14,6 +14,7 @@ from model.config_base import Config
 from model.metrics import read_json_lines
 from tasks import objects
 from tasks.artifacts import Artifact
+from tasks.bucket_runs import STEP_EXPORT
 from tasks.caching import StepOutput, step_task
 from tasks.config import ExportConfig
 from tasks.export import write_export
@@ -21,8 +22,6 @@ from tasks.json_files import read_json
 from tasks.places import ObjectPath, Place
 from tasks.steps import Step
 from tasks.training import training_job
-
-PREFIX = "hf-step-"
 
 
 class CheckpointExport(Config):
@@ -36,7 +35,7 @@ class CheckpointExport(Config):
 def checkpoint_export(training: Step, step: int, export: ExportConfig) -> Step:
     """The step that exports one checkpoint of a training, which need not be done. Its input is the mixture."""
     config = CheckpointExport(training=training.fingerprint, step=step, export=export)
-    return Step(kind=f"{PREFIX}{step}", name=training.name, config=config, upstream=(training.upstream[0],), subdirectory_of=training)
+    return Step(kind=f"{STEP_EXPORT}{step}", name=training.name, config=config, upstream=(training.upstream[0],), subdirectory_of=training)
 
 
 def export_checkpoint_body(step: Step, directory: Path, inputs: tuple[Artifact, ...]) -> StepOutput:

@@ -23,7 +23,7 @@ from tasks.steps import Step
 
 RESULTS = "results.json"
 _FINGERPRINT = re.compile(r"-[0-9a-f]{16}$")
-_EXPORT = re.compile(r"hf(?:-step(-\d+))?")  # see tasks.checkpoint_exports
+_EXPORT = re.compile(r"hf(?:-step(-\d+))?")  # tasks.bucket_runs.STEP_EXPORT
 
 
 class HarnessStep(Config):

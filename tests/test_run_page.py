@@ -18,7 +18,7 @@ from tasks import objects
 from tasks.artifacts import commit
 from tasks.config import EvalHarnessConfig, TrainingStep
 from tasks.json_files import write_json as write_place
-from tasks.obligations import Ledger
+from tasks.obligations import Evaluation, Ledger
 from tasks.places import ObjectPath, working_directory
 from tasks.run_page import PAGE, page_values, seconds_in_steps, write_run_page
 from tasks.steps import Step
@@ -103,9 +103,10 @@ def test_a_page_shows_the_run_and_what_went_wrong(tmp_path: Path) -> None:
     skip_data(run, 10, 64, "loss nan")
     (run / "checkpoints" / "damaged-15-123").mkdir(parents=True)
     ledger = Ledger(run)
-    ledger.owe([10, 20], EvalHarnessConfig(tasks=("piqa",)))
-    ledger.met(ledger.due[0], {"lm_eval/piqa/acc": 0.625})
-    ledger.failed(ledger.due[0], "no such task")
+    harness = EvalHarnessConfig(tasks=("piqa",))
+    ledger.owe(Evaluation(step=step, harness=harness) for step in (10, 20))
+    ledger.keep(ledger.due[0].model_copy(update={"metrics": {"lm_eval/piqa/acc": 0.625}}))
+    ledger.keep(ledger.due[0].model_copy(update={"error": "no such task"}))
     values = page_values(run)
     assert ("time in steps", "1 min 20 s", "40 s") in values["comparison"]
     assert ("dollars, at list price", "1,000", "500") in values["comparison"]
