@@ -126,7 +126,15 @@ class Ledger:
         self._by_key[obligation.key] = obligation
         self._write()
         if isinstance(obligation, Evaluation) and obligation.is_met:
-            write_text(self._run / EVALS, "".join(json.dumps(row) + "\n" for row in self.rows()))
+            self._write_evals()
+
+    def forget_after(self, step: int) -> None:
+        """Drops what is of later steps, met or not."""
+        left = {key: one for key, one in self._by_key.items() if one.step <= step}
+        if len(left) < len(self._by_key):
+            self._by_key = left
+            self._write()
+            self._write_evals()
 
     def rows(self) -> list[dict[str, Any]]:
         """The lines of `evals.jsonl`: `{"step": ..., "lm_eval/<task>/<metric>": ...}`, one for each evaluation that is met."""
@@ -137,6 +145,9 @@ class Ledger:
         if known is None or isinstance(known, Evaluation) or isinstance(one, Evaluation):
             return known is None
         return known.export.identity() != one.export.identity()
+
+    def _write_evals(self) -> None:
+        write_text(self._run / EVALS, "".join(json.dumps(row) + "\n" for row in self.rows()))
 
     def _write(self) -> None:
         write_json(self._run / OBLIGATIONS, {"schema": 1, "obligations": [one.model_dump(mode="json") for one in self.all]})

@@ -13,8 +13,10 @@ from model.checkpoint_files import checkpoint_damage, steps_in
 from model.job import TrainingJob
 from model.jumps import read_skipped_data, skip_data
 from model.mixture_store import MixtureStore
+from tasks.bucket_runs import STEP_EXPORT
 from tasks.lease_store import KEY_PREFIX, Owner, newest
 from tasks.manifests import manifest_path
+from tasks.obligations import Ledger
 from tasks.records import StepLeases
 from tasks.trainer_child import JOB_FILE, copy_curves
 from tasks.training import read_job
@@ -79,12 +81,21 @@ def _roll_back(run: Path, job: TrainingJob, to_step: int, skip_steps: int) -> st
     _check_data_left(job, rows)
     # The curve goes back first, and with it its copy, which would bring back the one that is given up.
     copy_curves(run, to_step)
+    _forget_obligations(run, to_step)
     aside = [step for step in steps if step > to_step]
     for step in aside:  # the newest first: whatever happens, the run stands at the newest that is left
         (checkpoints / str(step)).rename(checkpoints / f"rolled-back-{step}-{time.time_ns()}")
     skip_data(run, to_step, rows, f"rolled back over {skip_steps} steps", asked_for=True)
     kept = f"; set aside as checkpoints/rolled-back-*: {', '.join(map(str, aside))}" if aside else ""
     return f"{run.name} goes on from step {to_step} and over the next {rows:,} rows when it is run again{kept}"
+
+
+def _forget_obligations(run: Path, to_step: int) -> None:
+    """What was exported and evaluated of later steps is of weights that are given up: the new ones owe it again."""
+    Ledger(run).forget_after(to_step)
+    for export in run.glob(f"{STEP_EXPORT}*"):
+        if int(export.name.removeprefix(STEP_EXPORT)) > to_step:
+            export.rename(run / f"rolled-back-{export.name}-{time.time_ns()}")
 
 
 def _check_data_left(job: TrainingJob, rows: int) -> None:

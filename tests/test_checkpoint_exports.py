@@ -77,6 +77,9 @@ def test_everything_that_a_run_owes_is_made_up_after_a_kill(tmp_path: Path, hub:
     again = MainJob(root, home, *flags, **offline)  # without a token: nothing is left to push
     assert "pushed:" not in again.succeed()
     assert verify_tree(root).ok
+    MainJob(root, home, *EXPORTED, "--export.dtype", "bfloat16", **offline).succeed()
+    assert (run / "hf-step-10" / "model.safetensors").stat().st_size < 0.6 * len(weights[0]), "other settings make them again"
+    assert verify_tree(root).ok
 
 
 def test_in_a_bucket_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,9 @@ from model.jumps import SKIPPED_DATA, Jump, num_rollbacks, read_skipped_data, sk
 from model.metrics import read_json_lines
 from model.trainer import NonFiniteLoss
 from model.training_process import train
+from tasks.config import EvalHarnessConfig, ExportConfig
 from tasks.leases import LeaseLockManager
+from tasks.obligations import EVALS, Evaluation, Export, Ledger
 from tasks.rollback import roll_back
 from tasks.trainer_child import copy_curves, restore_curves
 from tests.training_processes import make_mixture, write_job
@@ -127,7 +129,15 @@ def test_a_person_takes_it_back_and_past_the_data_that_spoiled_it(mixture: Path,
     run = tmp_path / "run"
     train(job(run, mixture), NoSignals(), 0.0)  # pyright: ignore[reportArgumentType]
     copy_curves(run, 12)
+    ledger = Ledger(run)
+    ledger.owe([Export(step=step, export=ExportConfig(), place="here") for step in (4, 8)])
+    ledger.owe([Evaluation(step=8, harness=EvalHarnessConfig(tasks=("mine",)), metrics={"lm_eval/mine/acc": 0.5})])
+    for step in (4, 8):
+        (run / f"hf-step-{step}").mkdir()
     said = roll_back(run, to_step=4, skip_steps=2)
+    assert [one.step for one in Ledger(run).all] == [4]
+    assert (run / EVALS).read_text() == ""
+    assert [path.name.partition("-step-")[0] for path in sorted(run.glob("*hf-step-*"))] == ["hf", "rolled-back-hf"]
     restore_curves(run)  # nothing brings the curve back that was given up
     assert max(row["step"] for row in read_json_lines(run / "metrics.jsonl") if row["step"] <= 4) == 4
     copied = json.loads((run / ".curves.json").read_text())["curves"]["metrics.jsonl"]
