@@ -69,8 +69,8 @@ def _token(repo_id: str) -> str:
 @contextmanager
 def _hub_errors(repo_id: str) -> Iterator[None]:
     """What the hub or the way there refuses, as a ValueError with the remedy."""
-    import httpx
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    # HTTPError is that of the HTTP library that this version of the client uses
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 
     try:
         yield
@@ -79,7 +79,7 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         said = without_secrets(str(error.server_message or error))
         raise ValueError(f"the hub refused {repo_id!r} ({said[:300]}): {TOKEN} has to have write access there") from None
-    except (OfflineModeIsEnabled, httpx.TransportError, ConnectionError) as error:
+    except (OfflineModeIsEnabled, HTTPError, ConnectionError) as error:
         raise ValueError(
             f"the hub cannot be reached ({without_secrets(str(error))[:200]}): try again when this machine is online"
         ) from None

@@ -20,6 +20,7 @@ from tasks.obligations import Evaluation, Export, Ledger, Obligation, Push, row_
 from tasks.places import Place
 
 BUCKET_SECONDS = 30.0  # between two looks for checkpoints in a bucket, each of which is a request or more
+FAILED_SECONDS = 300.0  # after one that failed
 
 
 class ObligationsLeft(ValueError):
@@ -70,9 +71,13 @@ class OwedWork:
             return
         if not isinstance(self._run, Path):
             self._next_look = time.monotonic() + BUCKET_SECONDS
-        # in a bucket the last step is evaluated by its export, which comes later
-        if reached := list(self._reached(last=isinstance(self._run, Path))):
-            self._work_off(reached, pushes=False)
+        try:
+            # in a bucket the last step is evaluated by its export, which comes later
+            if reached := list(self._reached(last=isinstance(self._run, Path))):
+                self._work_off(reached, pushes=False)
+        except (OSError, ValueError) as error:  # the place or the ledger: at the end it has to be there
+            self._next_look = time.monotonic() + FAILED_SECONDS
+            self._tell(f"what {self._config.name} owes waits: {without_secrets(str(error))[:500]}")
 
     def at_the_end(self) -> list[dict[str, Any]]:
         """Does all that is left, of earlier starts too; the rows of all evaluations of the run.

@@ -266,7 +266,7 @@ def plan_lines(plan: Plan) -> list[str]:
         f"batch: {batch}",
         f"mesh: {mesh}, {train.compute_dtype} arithmetic, float32 weights",
         f"time: about {duration(plan.seconds)} of training on this machine" if plan.seconds else "time: depends on the accelerator",
-        f"disk: up to {size(plan.checkpoint_bytes)} of checkpoints, {size(plan.fetch_bytes)} of source files and about "
+        f"disk: up to {size(plan.checkpoint_bytes)} of checkpoints and exports, {size(plan.fetch_bytes)} of source files and about "
         f"{size(plan.token_bytes)} of tokens, below {plan.root}",
         *(f"warning: {warning}" for warning in plan.warnings),
     ]

@@ -11,9 +11,10 @@ import pytest
 
 from tasks import objects
 from tasks.artifacts import Artifact
+from tasks.checkpoint_exports import saved_steps
 from tasks.config import EvalHarnessConfig, ExportConfig, RunConfig
 from tasks.obligations import OBLIGATIONS, Ledger
-from tasks.owed_work import BUCKET_SECONDS, ObligationsLeft, OwedWork, Workers
+from tasks.owed_work import BUCKET_SECONDS, FAILED_SECONDS, ObligationsLeft, OwedWork, Workers
 from tasks.places import ObjectPath, Place
 from tasks.presets import preset
 from tests.object_store import BUCKET, object_store, use_store
@@ -180,6 +181,29 @@ def test_trackers_get_the_numbers_after_the_training_until_they_have_them(run: P
     owed_work(run, config, hands).at_the_end()
     owed_work(run, config, hands).at_the_end()
     assert hands.asked[3:] == [("track", 80, 160, 240)] * 2
+
+
+def test_a_place_that_does_not_answer_stops_no_training(run: Path, hands: Hands, monkeypatch: pytest.MonkeyPatch) -> None:
+    reach(run, 40)
+    said: list[str] = []
+    answers = saved_steps
+
+    def refused(*asked: Any) -> list[int]:
+        raise OSError("no answer")
+
+    now = 100.0
+    monkeypatch.setattr("tasks.owed_work.time.monotonic", lambda: now)
+    monkeypatch.setattr("tasks.owed_work.saved_steps", refused)
+    made = owed_work(run, run_config(40), hands, said)
+    made.while_training()
+    made.while_training()
+    assert said == ["what debug owes waits: no answer"]
+    with pytest.raises(OSError, match="no answer"):
+        made.at_the_end()
+    monkeypatch.setattr("tasks.owed_work.saved_steps", answers)
+    now += FAILED_SECONDS
+    made.while_training()
+    assert hands.asked == [("export", 40, "float32")]
 
 
 def test_a_ledger_of_an_earlier_version_is_read(run: Path, hands: Hands) -> None:

@@ -18,11 +18,12 @@ from tasks.artifacts import commit
 from tasks.config import ExportConfig, TrainingStep
 from tasks.data_steps import RawFiles
 from tasks.experiment_record import write_record
-from tasks.hub_push import push_export
+from tasks.hub_push import check_push, push_export
 from tasks.model_card import CARD, LICENCE_PLACEHOLDER, model_card
 from tasks.steps import Step
 from tests.hub_repository import HubRepository
 from tests.loopback_server import loopback
+from tests.prefect_server import free_port
 from tests.small_run import SmallRun
 
 MODEL = LlamaConfig(seq_len=64, hidden_dim=32, intermediate_dim=64, num_layers=2, num_heads=2, num_kv_heads=1)
@@ -96,6 +97,20 @@ def test_an_export_is_pushed_whole_and_as_it_is(exported: Path, hub: HubReposito
     assert f"pushed: {hub.server.url}/org/name/commit/abc" in said.out
     assert "choose one in README.md" in said.out
     assert HubRepository.TOKEN not in said.out + said.err
+
+
+def test_a_push_is_tried_out_before_the_run_that_ends_with_it(hub: HubRepository, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_push("org/name")
+    assert hub.created == [], "nothing is made yet"
+    monkeypatch.setenv("HF_TOKEN", "hf_unknown")
+    with pytest.raises(ValueError, match=r"the hub refused 'org/name'"):
+        check_push("org/name")
+    monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(ValueError, match=r"the hub cannot be reached .*: try again when this machine is online"):
+        check_push("org/name")
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(ValueError, match="HF_TOKEN is not set"):
+        check_push("org/name")
 
 
 def test_a_branch_is_made_where_one_is_asked_for(exported: Path, hub: HubRepository) -> None:
