@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,13 +12,13 @@ from typing import Any
 from model.inference_jobs import HarnessJob
 from model.secret_text import without_secrets
 from tasks.artifacts import Artifact, brought_here
-from tasks.bucket_runs import model_here
+from tasks.bucket_runs import STEP_EXPORT, model_here
 from tasks.checkpoint_exports import saved_steps
 from tasks.children import ChildStopped
 from tasks.config import ExportConfig, RunConfig
 from tasks.eval_harness import due_steps, evaluated
 from tasks.obligations import Evaluation, Export, Ledger, Obligation, Push, row_of
-from tasks.places import Place
+from tasks.places import Place, working_directory
 
 BUCKET_SECONDS = 30.0  # between two looks for checkpoints in a bucket, each of which is a request or more
 FAILED_SECONDS = 300.0  # after one that failed
@@ -128,6 +129,7 @@ class OwedWork:
                 self._tell(f"{described(one)} failed: {said}")
             else:
                 ledger.keep(done.model_copy(update={"error": None}))
+                self._drop_copy(one.step, ledger)
         return ledger
 
     def _met(self, one: Obligation) -> Obligation:
@@ -149,6 +151,11 @@ class OwedWork:
         if step == self._config.train.num_train_steps:
             return model_here(str(self._run))
         return Path(brought_here(self._workers.export(step, self._export.model_copy(update={"hub_repo_id": None}))).path)
+
+    def _drop_copy(self, step: int, ledger: Ledger) -> None:
+        """An export in a bucket needs no disk of this machine once nothing is left to do with it."""
+        if not isinstance(self._run, Path) and not any(one.step == step for one in ledger.due):
+            shutil.rmtree(working_directory(self._run / f"{STEP_EXPORT}{step}"), ignore_errors=True)
 
     def _track(self, ledger: Ledger) -> None:
         """A tracker's run has one writer: the trainer until it ends, then this."""

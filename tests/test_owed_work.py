@@ -15,7 +15,7 @@ from tasks.checkpoint_exports import saved_steps
 from tasks.config import EvalHarnessConfig, ExportConfig, RunConfig
 from tasks.obligations import OBLIGATIONS, Ledger
 from tasks.owed_work import BUCKET_SECONDS, FAILED_SECONDS, ObligationsLeft, OwedWork, Workers
-from tasks.places import ObjectPath, Place
+from tasks.places import ObjectPath, Place, working_directory
 from tasks.presets import preset
 from tests.object_store import BUCKET, object_store, use_store
 
@@ -234,6 +234,9 @@ def test_in_a_bucket_checkpoints_count_when_they_are_whole_and_are_evaluated_by_
         for name in names:
             objects.write(bucket / f"checkpoints/{step}/{name}", b"{}", generation=None)
 
+    copies = {step: working_directory(bucket / f"hf-step-{step}") for step in (80, 160)}
+    for copy in copies.values():
+        copy.mkdir(parents=True)
     made = owed_work(bucket, run_config(160, "mine"), hands)
     write(80, "state/d/0")
     made.while_training()
@@ -244,6 +247,7 @@ def test_in_a_bucket_checkpoints_count_when_they_are_whole_and_are_evaluated_by_
     now += BUCKET_SECONDS
     made.while_training()
     assert hands.asked == [("export", 80, "float32"), ("evaluate", "export-80-float32")]
+    assert [step for step, copy in copies.items() if copy.exists()] == [160], "what is done with takes no disk here"
     for step in (120, 160, 240):
         write(step, "state/d/0", "commit_success.txt")
     now += BUCKET_SECONDS
