@@ -30,9 +30,15 @@ class ExportConfig(Config):
     )
     hub_repo_id: str | None = runtime(
         None,
-        pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$",
         description="Push the finished directory to this repository of the Hugging Face hub, ORG/NAME, at the end; needs HF_TOKEN.",
     )
+
+    @field_validator("hub_repo_id")
+    @classmethod
+    def _check_repository(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", value):
+            raise ValueError(f"export.hub_repo_id={value!r} is no repository of the hub: write ORG/NAME")
+        return value
 
 
 # The tasks that Marin evaluates base models by, with the examples each is asked after.

@@ -162,6 +162,11 @@ def test_the_last_export_is_pushed_at_the_end_once_and_a_failed_push_is_owed(run
     assert hands.asked[2:] == [("push", "org/name"), ("push", "org/other")]
 
 
+def test_a_repository_is_named_with_its_owner() -> None:
+    with pytest.raises(ValueError, match=r"export.hub_repo_id='name' is no repository of the hub: write ORG/NAME"):
+        ExportConfig(hub_repo_id="name")
+
+
 def test_nothing_is_pushed_where_the_export_takes_no_part(run: Path, hands: Hands) -> None:
     reach(run, 240)
     owed_work(run, run_config(-1, export=ExportConfig(hub_repo_id="org/name")), hands, exports_last=False).at_the_end()
