@@ -39,7 +39,7 @@ def model_card(training: Step, export: ExportConfig, stats: dict[str, Any], dire
     exported = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     architecture, count = exported["architectures"][0], num_parameters(config.model.with_vocab(exported["vocab_size"]))
     tokens = config.train.batch_schedule.rows_before(step) * config.train.seq_len_for(config.model)
-    last = config.train.num_train_steps
+    last, run = config.train.num_train_steps, place_of_working(directory.absolute().parent)
     steps = f"{step:,} steps" if step == last else f"the first {step:,} of {last:,} steps"
     parts = [
         _front_matter(datasets),
@@ -51,7 +51,7 @@ def model_card(training: Step, export: ExportConfig, stats: dict[str, Any], dire
         "## How to load it\n\n" + _how_to_load(),
         "## What it was trained on\n\n" + _dataset_table(datasets),
         "## How well it does\n\n" + _losses(stats.get("final") or {}),
-        "## How it was trained\n\n" + _configuration(config, export, training.fingerprint, _code(place_of_working(directory.absolute().parent))),
+        "## How it was trained\n\n" + _configuration(config, export, training.fingerprint, _code(run)),
         "## Licence\n\n" + LICENCE_PLACEHOLDER,
     ]
     return without_secrets("\n\n".join(parts)) + "\n"

@@ -25,6 +25,7 @@ from tasks.config import RunConfig, TrainingStep, beside_fields
 from tasks.data_plan import PlannedComponent, bytes_to_fetch, planned_data, tokens_to_write
 from tasks.datasets import check_sources
 from tasks.eval_harness import check_eval_harness
+from tasks.formatting import duration, flops, number, size
 from tasks.pipeline import label, matching, run_steps
 from tasks.places import Place, place_of, working_directory
 from tasks.steps import Step
@@ -248,8 +249,6 @@ def _with_inputs(targets: tuple[Step, ...]) -> tuple[Step, ...]:
 
 def plan_lines(plan: Plan) -> list[str]:
     """The plan's numbers as `name: value` lines are made from these pairs joined by a colon."""
-    from tasks.formatting import duration, flops, number, size
-
     train, model = plan.config.train, plan.model
     batch = str(plan.batch) if plan.batch else f"{train.batch_schedule} sequences, divided over the devices where the training runs"
     if plan.batch and not isinstance(train.train_batch_size, int):
@@ -274,8 +273,6 @@ def plan_lines(plan: Plan) -> list[str]:
 
 def _steps_and_tokens(plan: Plan) -> str:
     """`240 steps x 16.4 thousand (64 sequences of 256)`; of a batch that changes, the steps of each size."""
-    from tasks.formatting import number
-
     train, seq_len = plan.config.train, plan.config.seq_len
     stages = train.batch_schedule.stages
     ends = [*(stage.start for stage in stages[1:]), train.num_train_steps]
@@ -287,8 +284,6 @@ def _steps_and_tokens(plan: Plan) -> str:
 
 def component_rows(plan: Plan) -> list[tuple[str, str, str, str]]:
     """`(dataset, share of the run, tokens read, epochs of it)` of every dataset that is trained on, for a table."""
-    from tasks.formatting import number
-
     total = sum(component.tokens for component in plan.components) or 1.0
     rows: list[tuple[str, str, str, str]] = []
     for component in plan.components:
