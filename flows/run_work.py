@@ -36,23 +36,23 @@ def owed_work_of(plan: Plan) -> OwedWork | None:
     if training is None:
         return None
 
-    def evaluate(job: HarnessJob) -> Artifact:
+    def _evaluate(job: HarnessJob) -> Artifact:
         return evaluate_model(job, root=str(plan.root))
 
-    def export(step: int, how: ExportConfig) -> Artifact:
+    def _export(step: int, how: ExportConfig) -> Artifact:
         return export_checkpoint(checkpoint_export(training, step, how), str(plan.root), [_mixture(training, plan)])
 
-    def push(repo_id: str) -> str:
+    def _push(repo_id: str) -> str:
         return push_to_hub(str(training.directory(plan.root)), repo_id)
 
-    def track(rows: list[dict[str, Any]]) -> bool:
+    def _track(rows: list[dict[str, Any]]) -> bool:
         return send_to_trackers(plan, training, rows)
 
     return OwedWork(
         training.directory(plan.root),
         plan.config,
-        _export(plan),
-        Workers(evaluate, export, push, track),
+        _export_config(plan),
+        Workers(_evaluate, _export, _push, _track),
         get_run_logger().warning,
         # where a TPU or GPU is attached, the training has it
         beside=plan.config.pool is not None or local_device_count() is not None,
@@ -89,7 +89,7 @@ def send_to_trackers(plan: Plan, training: Step, rows: list[dict[str, Any]]) -> 
     log = get_run_logger()
     sent: list[str] = []
 
-    def on_event(event: dict[str, Any]) -> None:
+    def _on_event(event: dict[str, Any]) -> None:
         if event.get("event") == "message":
             log.warning(event["text"])
         sent.extend(event["trackers"] if event.get("event") == "sent" else ())
@@ -98,13 +98,13 @@ def send_to_trackers(plan: Plan, training: Step, rows: list[dict[str, Any]]) -> 
     with tempfile.TemporaryDirectory() as place:
         write_json(Path(place) / "job.json", job.model_dump(mode="json"))
         try:
-            run_child("model.track_rows", [str(Path(place) / "job.json")], on_event)
+            run_child("model.track_rows", [str(Path(place) / "job.json")], _on_event)
         except (ChildFailed, OSError) as error:
             log.warning("the trackers did not get the numbers of lm-eval: %s", error)
     return {*sent} == {*plan.config.track}
 
 
-def _export(plan: Plan) -> ExportConfig:
+def _export_config(plan: Plan) -> ExportConfig:
     """How the run's exports are made, with what `train` says of it."""
     config = next(planned.step.config for planned in plan.steps if planned.step.kind == "hf")
     assert isinstance(config, ExportConfig)
