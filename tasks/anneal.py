@@ -49,25 +49,30 @@ class AnnealConfig(Config):
         return self
 
 
+# What an anneal has from where it begins: the checkpoint, and the straight line of the learning rate that begins there.
+OF_ITS_BEGINNING = (
+    *("lr_schedule", "warmup", "decay", "cycles", "cycle_length", "rewarmup"),
+    *("initialize_from_checkpoint_path", "initialize_from_hf", "initialize_weights_only", "reset_data_loader_on_init"),
+)
+
+
 def default_anneal(name: str, anneal_config: AnnealConfig) -> RunConfig:
     """Declares a run that continues a checkpoint: its steps go on from there, its learning rate falls from `learning_rate`.
 
     Raises:
         ValueError: the checkpoint's step cannot be told, because there is none.
     """
-    config = anneal_config
-    begin = checkpoint_step(config.initialize_from_checkpoint_path)
+    return going_on(anneal_in_its_own_terms(name, anneal_config), anneal_config.initialize_from_checkpoint_path)
+
+
+def anneal_in_its_own_terms(name: str, config: AnnealConfig) -> RunConfig:
+    """The anneal by itself: `num_train_steps` are those from the checkpoint on, `learning_rate` is the one at the checkpoint."""
     seq_len = int(config.train.get("train_seq_len") or config.llama_config.seq_len)
-    steps = max(1, round(config.num_anneal_training_tokens / (config.train_batch_size * seq_len)))
-    total = begin + steps
-    # A straight line that ends at min_lr_ratio * learning_rate and passes through learning_rate at the checkpoint begins here.
-    end = config.min_lr_ratio * config.learning_rate
-    peak = end + (config.learning_rate - end) * total / steps
     given = {
         "train_batch_size": config.train_batch_size,
-        "num_train_steps": total,
-        "learning_rate": peak,
-        "min_lr_ratio": end / peak,
+        "num_train_steps": max(1, round(config.num_anneal_training_tokens / (config.train_batch_size * seq_len))),
+        "learning_rate": config.learning_rate,
+        "min_lr_ratio": config.min_lr_ratio,
         "weight_decay": config.weight_decay,
         "lr_schedule": config.lr_schedule,
         "warmup": 0.0,
@@ -75,6 +80,30 @@ def default_anneal(name: str, anneal_config: AnnealConfig) -> RunConfig:
     }
     data = with_default_validation(as_mixture(config.dataset_config), config.use_default_validation)
     return RunConfig(name=name, model=config.llama_config, train=SimpleTrainConfig(**{**given, **config.train}), data=data)
+
+
+def going_on(run: RunConfig, checkpoint: str) -> RunConfig:
+    """A run in its own terms as it is trained: its steps and stages come after those of `checkpoint`, on one line over all steps.
+
+    Raises:
+        ValueError: the checkpoint's step cannot be told.
+    """
+    train = run.train
+    begin = 0 if train.initialize_weights_only else checkpoint_step(checkpoint)
+    total = begin + train.num_train_steps
+    # A straight line that ends at min_lr_ratio * learning_rate and passes through learning_rate at the checkpoint begins here.
+    end = train.min_lr_ratio * train.learning_rate
+    peak = end + (train.learning_rate - end) * total / train.num_train_steps
+    first, *later = train.batch_schedule.stages
+    stages = (first, *(stage.model_copy(update={"start": begin + stage.start}) for stage in later))
+    changed = {
+        "num_train_steps": total,
+        "train_batch_size": stages if later else train.train_batch_size,
+        "learning_rate": peak,
+        "min_lr_ratio": end / peak,
+        "initialize_from_checkpoint_path": checkpoint,
+    }
+    return run.model_copy(update={"train": SimpleTrainConfig(**{**dict(train), **changed})})
 
 
 def checkpoint_step(path: str) -> int:
@@ -104,11 +133,14 @@ class ContinuedRun:
     base: RunConfig
     changed: dict[str, Any]
 
-    def begun(self, root: str | Place) -> RunConfig:
-        """The run, with the checkpoint that `base` has or will have below `root`."""
-        return default_anneal(
-            self.name, AnnealConfig(**self.changed, initialize_from_checkpoint_path=str(last_checkpoint(self.base, root)))
-        )
+    def in_its_own_terms(self) -> RunConfig:
+        """The run by itself, which flags change: its own steps, the learning rate where it begins."""
+        placeholder = f"{self.base.name}/checkpoints/{self.base.train.num_train_steps}"
+        return anneal_in_its_own_terms(self.name, AnnealConfig(**self.changed, initialize_from_checkpoint_path=placeholder))
+
+    def begun(self, root: str | Place, run: RunConfig | None = None) -> RunConfig:
+        """The run, with the checkpoint that `base` has or will have below `root`. `run`: it in its own terms, where flags changed it."""
+        return going_on(run or self.in_its_own_terms(), str(last_checkpoint(self.base, root)))
 
     def is_ready(self, root: str | Place) -> bool:
         """Whether `base` is trained."""
@@ -129,6 +161,6 @@ def anneal_after(name: str, base: RunConfig, **anneal_config: Any) -> ContinuedR
         ValueError: a field is refused.
     """
     changed = {"llama_config": base.model, **anneal_config}
-    placeholder = f"{base.name}/checkpoints/{base.train.num_train_steps}"
-    default_anneal(name, AnnealConfig(**changed, initialize_from_checkpoint_path=placeholder))  # what is wrong is said here
-    return ContinuedRun(name, base, changed)
+    run = ContinuedRun(name, base, changed)
+    run.in_its_own_terms()  # what is wrong is said here
+    return run

@@ -14,6 +14,7 @@ import pytest
 from flows.at_once import Outcome, exit_status, run_all
 from flows.executor import declared_runs, run_experiments
 from model.config import LlamaConfig
+from model.learning_rate import learning_rate_schedule
 from model.train_config import SimpleTrainConfig
 from tasks.anneal import anneal_after
 from tasks.children import ChildStopped, allow_children
@@ -95,11 +96,52 @@ def test_flags_change_every_run_and_what_is_gone_on_from_comes_first() -> None:
     assert [declared.name for declared in runs] == ["other", "base", "later"]
     assert [declared.config.train.seed for declared in runs] == [5, 5, 5]
     assert runs[2].begins is not None
-    assert runs[2].begins.base == runs[1].config
+    assert (runs[2].base, runs[2].begins.base) == ("base", runs[1].config)
     with pytest.raises(ValueError, match=r"two runs of this file are named 'base'"):
         declared_runs([base, base.model_copy(update={"train": TRAIN.model_copy(update={"seed": 9})})], "", [])
     with pytest.raises(ValueError, match=r"executor_main\(steps=\[\]\) has nothing to run"):
         declared_runs([], "", [])
+
+
+def test_one_name_for_several_runs_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"--name='x' would name all 2 runs of this file alike \(one, two\): leave it out"):
+        declared_runs([run("one"), run("two")], "", ["--name", "x"])
+    with pytest.raises(ValueError, match=r"--name='one' would name all 2 runs"):
+        declared_runs([run("one"), run("two")], "", ["--name", "one"])
+    (alone,) = declared_runs([run("one")], "", ["--name", "x"])
+    assert alone.name == "x"
+
+
+def test_flags_of_a_run_that_goes_on_are_those_of_its_anneal(tmp_path: Path) -> None:
+    base = run("base")
+    given = {
+        "dataset_config": shakespeare_mixture(),
+        "num_anneal_training_tokens": 8 * 64 * 5,
+        "train_batch_size": 8,
+        "learning_rate": 2e-3,
+    }
+    later = anneal_after("later", base, **given)
+
+    def trained(*flags: str) -> tuple[RunConfig, RunConfig, tuple[str, ...]]:
+        before, after = declared_runs([later], "", [*flags, "--root", str(tmp_path)])
+        return before.whole(tmp_path), after.whole(tmp_path), after.unchanged
+
+    before, after, _ = trained("--train.num-train-steps", "20")
+    assert (before.train.num_train_steps, after.train.num_train_steps) == (20, 40)  # its own 20 come after those of the base
+    assert Path(str(after.train.initialize_from_checkpoint_path)).name == "20"
+    before, after, _ = trained("--train.learning-rate", "4e-3", "--train.min-lr-ratio", "0.5")
+    rate = learning_rate_schedule(after.train)
+    assert before.train.learning_rate == 4e-3
+    assert [float(rate(step)) for step in (10, 15)] == pytest.approx([4e-3, 2e-3], rel=1e-4)
+    before, after, unchanged = trained("--train.warmup", "9", "--train.lr-schedule", "constant", "--train.min-lr-ratio", "0.1")
+    assert (before.train.warmup_steps, before.train.lr_schedule) == (9, "constant")
+    assert (after.train.warmup_steps, after.train.lr_schedule, unchanged) == (0, "linear", ("warmup", "lr_schedule"))
+    first, second = declared_runs([later], "", ["--train.initialize-from-checkpoint-path=elsewhere/7", "--train.seed", "3"])
+    assert first.config.train.initialize_from_checkpoint_path == "elsewhere/7"
+    assert second.config.train.initialize_from_checkpoint_path == "base/checkpoints/10"
+    assert (first.config.train.seed, second.config.train.seed) == (3, 3)
+    before, after, _ = trained("--train.train-batch-size", "0:8", "3:16")
+    assert [(stage.start, stage.value) for stage in after.train.batch_schedule.stages] == [(0, 8), (13, 16)]
 
 
 @pytest.mark.parametrize(
