@@ -109,7 +109,7 @@ def _run(arguments: Arguments, preset_name: str | None) -> int:
     if arguments.plan:
         print_preflight(plan)
         return 0
-    check_accelerator(config.name, plan.model, config.train, tell=tell, pool=config.pool)
+    check_accelerator(config.name, plan.model, plan.own_train, tell=tell, pool=config.pool)
 
     from tasks.children import ChildStopped
     from tasks.summary import RunSummary
@@ -149,7 +149,7 @@ def print_preflight(plan: Plan) -> None:
     """What the TPU compiler says of the run, where it asks for a slice. Raises ValueError where it cannot run there."""
     if plan.config.train.accelerator_type is None:
         return
-    found = preflight(plan.config.name, plan.model, plan.config.train, tell=tell)
+    found = preflight(plan.config.name, plan.model, plan.own_train, tell=tell)
     if found is None:
         return
     for line in preflight_lines(found):

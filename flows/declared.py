@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 
 from flows.command_line import Arguments, parse
+from model.origin import Origin, after
 from tasks.anneal import OF_ITS_BEGINNING, ContinuedRun
 from tasks.config import RunConfig
 from tasks.datasets import own_text_mixture
-from tasks.experiment import root_place
 from tasks.pipeline import run_steps
 from tasks.places import Place
 from tasks.steps import Step
@@ -60,6 +60,13 @@ class Declared:
     def whole(self, root: Place) -> RunConfig:
         """The run as it is trained, with the checkpoint that it begins with. Raises ValueError where what that one needs is not there."""
         return self.config if self.begins is None else self.begins.begun(root, self.config)
+
+    def origin(self, root: Place) -> Origin | None:
+        """Where it will begin; None where that is there to be read."""
+        if self.begins is None or self.is_ready(root):
+            return None
+        base = self.begins.base
+        return after(base.train, self.config.train, base.seq_len)
 
     def plannable(self, root: Place) -> RunConfig:
         """The run as far as it can be planned now."""

@@ -60,7 +60,7 @@ def _run(runs: list[Declared], description: str) -> int:
             console.print(deploy(run.whole(root), arguments.deploy, root, description), markup=False)
         return 0
     for run, plan in zip(chosen, plans, strict=True):
-        check_accelerator(run.name, plan.model, run.config.train, tell=tell, pool=run.config.pool)
+        check_accelerator(run.name, plan.model, plan.own_train, tell=tell, pool=run.config.pool)
     prepare_prefect()
     outcomes = run_all({run.name: lambda run=run: _launch(run, root, description) for run in chosen}, needs, arguments.max_concurrent)
     _report(outcomes, arguments)
@@ -94,7 +94,7 @@ def _matched(steps: Sequence[Step], patterns: Sequence[str]) -> tuple[str, ...]:
 def _plan(run: Declared, root: Place, *, to_read: bool) -> Plan:
     steps, arguments = run.steps(), run.arguments
     only = arguments.only if arguments.only is not None and _matched(steps, (arguments.only,)) else None
-    plan = plan_run(run.plannable(root), root, only=only, force=_matched(steps, arguments.force), to_read=to_read)
+    plan = plan_run(run.plannable(root), root, only=only, force=_matched(steps, arguments.force), to_read=to_read, origin=run.origin(root))
     print_plan(plan)
     if not run.is_ready(root):
         console.print(f"  {'begins':<8} with the last checkpoint of {run.base}, which is trained first", markup=False)

@@ -17,6 +17,7 @@ from model.assembly import Batch, cut_rows, keep_freed_memory, packed_rows
 from model.batch_schedule import BatchSchedule, BatchSize
 from model.mixture_store import MixtureComponent, MixtureStore
 from model.order import ORDER_VERSION, Component, RowOrder, Stage, kept_windows
+from model.origin import ANEW, Origin
 from model.packing import BestFitPlan, Windows
 from model.target_bytes import target_bytes
 from model.token_store import StoreError, TokenSplit
@@ -101,16 +102,23 @@ class BatchLoader:
                 f"component has had its max_epochs. Lower train.num_train_steps, raise mixture.max_epochs, or leave it out for one"
             )
 
-    def planned(self, num_steps: int) -> dict[str, dict[str, float]]:
+    def planned(self, num_steps: int, origin: Origin = ANEW) -> dict[str, dict[str, float]]:
         """What `num_steps` steps read of each component: rows, tokens, and epochs (rows over the component's own rows).
+
+        With an `origin` the steps before it were another run's, and only those that follow are counted.
 
         With packing best_fit the tokens are without padding, by the mean of the component's rows.
         Raises ValueError where the mixture ends before that many steps.
         """
         if num_steps < 0:
             raise ValueError(f"num_steps={num_steps}: steps count from 0")
-        self._check_steps(num_steps)
-        rows = self.order.planned_rows(self.batch_sizes.rows_before(num_steps))
+        stop = origin.row + origin.rows_until(self.batch_sizes, num_steps)
+        if origin.step:
+            self.check_rows(stop)
+        else:
+            self._check_steps(num_steps)
+        before, until = self.order.planned_rows(origin.row), self.order.planned_rows(stop)
+        rows = {name: until[name] - before[name] for name in until}
         return {
             component.name: {
                 "rows": rows[component.name],

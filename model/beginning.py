@@ -15,6 +15,7 @@ from model.config import LlamaConfig
 from model.initialize import initialize
 from model.job import TrainingJob
 from model.jumps import SKIPPED_DATA, Jump, read_skipped_data
+from model.origin import ANEW, Origin, origin_of
 from model.train_step import TrainState, abstract_state, init_state
 
 
@@ -25,6 +26,7 @@ class Beginning(NamedTuple):
     jumps: tuple[Jump, ...]  # of the data, up to and after this step
     data: Mapping[str, Any] | None  # where its own checkpoint stood in the data; None where there is none
     notes: tuple[str, ...] = ()  # what a person should know about it
+    origin: Origin = ANEW
 
 
 def begin(job: TrainingJob, config: LlamaConfig, mesh: Mesh, checkpoints: Checkpoints, loader: BatchLoader) -> Beginning:
@@ -38,14 +40,15 @@ def begin(job: TrainingJob, config: LlamaConfig, mesh: Mesh, checkpoints: Checkp
         if job.train.initialize_from_checkpoint_path is None and job.train.initialize_from_hf is None:
             return Beginning(init_state(config, job.train, mesh), skipped, None)
         state, jumps, notes = initialize(config, job.train, mesh, loader_state=loader.state(0), tokenizer=loader.mixture.tokenizer.path)
-        return Beginning(state, (*jumps, *skipped), None, notes)
+        return Beginning(state, (*jumps, *skipped), None, notes, origin_of(job.train))
     progress = checkpoints.progress()
     if progress["run"] != job.fingerprint:
         raise ValueError(_another_run(checkpoints.directory, progress, job))
     abstract = abstract_state(config, job.train, mesh)
     _check_stored(checkpoints, abstract, job)
     state = TrainState(*checkpoints.restore(abstract))
-    return Beginning(state, _jumps(progress, skipped, job.shared), progress["data"])
+    origin = Origin(**progress["origin"]) if "origin" in progress else origin_of(job.train)
+    return Beginning(state, _jumps(progress, skipped, job.shared), progress["data"], origin=origin)
 
 
 def _check_stored(checkpoints: Checkpoints, abstract: Any, job: TrainingJob) -> None:

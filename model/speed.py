@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from model.batch_schedule import BatchSchedule
 from model.config import LlamaConfig
 from model.flops import chip_of, num_parameters, train_flops_per_token
+from model.origin import ANEW, Origin
 
 
 @functools.cache
@@ -61,12 +62,14 @@ class Speedometer:
     `throughput/hook_time` is what hooks took since the last row with it, in seconds; gigaflops are model FLOPs, attention at half.
     """
 
-    def __init__(self, config: LlamaConfig, seq_len: int, batch_sizes: BatchSchedule, *, first_step: int, last_step: int) -> None:
+    def __init__(
+        self, config: LlamaConfig, seq_len: int, batch_sizes: BatchSchedule, *, first_step: int, last_step: int, origin: Origin = ANEW
+    ) -> None:
         peak = peak_flops_per_device() * jax.device_count()
         self._flops_per_token = train_flops_per_token(config, seq_len)
         self._utilisation = self._flops_per_token / peak
         self._utilisation_full = train_flops_per_token(config, seq_len, full_attention=True) / peak
-        self._batch_sizes, self._seq_len = batch_sizes, seq_len
+        self._batch_sizes, self._seq_len, self._origin = batch_sizes, seq_len, origin
         self._hook_seconds: float | None = None
         self._last_step = last_step
         self._began = self._finished = time.perf_counter()
@@ -98,7 +101,7 @@ class Speedometer:
         if self._hook_seconds is None:
             self._hook_seconds = 0.0
         tokens_per_second = tokens / duration
-        total_tokens = float(self._tokens_before(step))
+        total_tokens = float(self.tokens_until(step))
         return {
             "run_progress": step / self._last_step,
             "throughput/duration": duration,
@@ -115,12 +118,13 @@ class Speedometer:
 
     def seconds_left(self, step: int) -> float | None:
         """Time the steps that are left take at the recent speed; None before there is one."""
-        return None if self._smooth is None else (self._tokens_before(self._last_step) - self._tokens_before(step)) * self._smooth
+        return None if self._smooth is None else (self.tokens_until(self._last_step) - self.tokens_until(step)) * self._smooth
 
     @property
     def tokens_per_second(self) -> float | None:
         """Recent speed; None before the second step."""
         return None if self._smooth is None else 1 / self._smooth
 
-    def _tokens_before(self, step: int) -> int:
-        return self._batch_sizes.rows_before(step) * self._seq_len
+    def tokens_until(self, step: int) -> int:
+        """What the weights have seen before `step`: in this run, and before it where it goes on from a checkpoint."""
+        return self._origin.tokens + self._origin.rows_until(self._batch_sizes, step) * self._seq_len

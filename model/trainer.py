@@ -8,6 +8,7 @@ Everything periodic is a hook (`model.hooks`); what others may ask meanwhile, a 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -67,7 +68,7 @@ class Trainer:
         loader = BatchLoader(self.mixture, seq_len=self.seq_len, global_batch_size=job.train.train_batch_size, seed=job.train.loader_seed)
         self.checkpoints = Checkpoints(job.checkpoints, keep_every=job.train.steps_per_export, max_to_keep=job.train.max_checkpoints)
         self.state: Any
-        self.state, jumps, where, self.notes = begin(job, self.config, self.mesh, self.checkpoints, loader)
+        self.state, jumps, where, self.notes, self.origin = begin(job, self.config, self.mesh, self.checkpoints, loader)
         self.first_step = self.step = self._dispatched = int(self.state.step)
         self.data = DataPosition(loader, partitioning.batch_sharding(self.mesh), jumps)
         self.data.check(where, self.step, self.last_step)
@@ -77,7 +78,9 @@ class Trainer:
         self._open_records()
         self.feed = BatchFeed(self.data, first_step=self.step, end_step=self.last_step)
         self.hooks = make_hooks(self)
-        self.speed = Speedometer(self.config, self.seq_len, loader.batch_sizes, first_step=self.step, last_step=self.last_step)
+        self.speed = Speedometer(
+            self.config, self.seq_len, loader.batch_sizes, first_step=self.step, last_step=self.last_step, origin=self.origin
+        )
         emit("compiling")  # last: what can be refused is refused by now
         self._compiled = self._compile_steps()
 
@@ -132,6 +135,8 @@ class Trainer:
             "config": self.job.identity_fields(),
             "data": self.data.state(self.step),
             "jumps": self.data.jumps,
+            "origin": dataclasses.asdict(self.origin),
+            "tokens": self.speed.tokens_until(self.step),
         }
 
     def curves(self) -> dict[str, str] | None:

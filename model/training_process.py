@@ -6,6 +6,7 @@ Exit status: 0 the last checkpoint is committed, 75 stopped by a signal after sa
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import signal
@@ -161,7 +162,8 @@ def describe(trainer: Trainer, seconds: float) -> dict[str, Any]:
         "decayed": decayed_names(trainer.state.params),
         "held_out": list(trainer.mixture.validation_names()),
         "skipped_rows": sum(jump.rows for jump in read_skipped_data(trainer.job.shared)),
-        "planned": trainer.data.loader.planned(trainer.last_step),
+        "planned": trainer.data.loader.planned(trainer.last_step, trainer.origin),
+        "origin": dataclasses.asdict(trainer.origin),
         "start_up_seconds": seconds,
     }
 

@@ -15,13 +15,14 @@ from model.flops import num_parameters
 from model.job import TrainingJob
 from model.metrics import read_json_lines
 from model.mixture_store import MixtureTokenizer
+from model.origin import origin_of
 from tasks import objects
 from tasks.artifact_store import artifact_store
 from tasks.artifacts import Artifact, brought_here, read_manifest
 from tasks.formatting import flops, number
 from tasks.manifests import Manifest
 from tasks.places import SCHEME, ObjectPath, Place, place_of
-from tasks.summary import four_digits
+from tasks.summary import begins_at, four_digits
 from tasks.sweep_fields import written
 
 METRICS, JOB, SWEEP, RUNS = "metrics.jsonl", ".job.json", "sweep.json", "checkpoints"
@@ -38,10 +39,14 @@ class ComparedRun:
     num_parameters: int | None
     fields: dict[str, Any]
     rows: list[dict[str, Any]]
+    begins_at: int = 0
+    """The step of the checkpoint that it goes on from: its hours are those since, tokens and FLOPs those of its weights in all."""
+    anew: bool = True
+    """Whether it began with fresh weights."""
 
     @property
     def tokens(self) -> float | None:
-        """Trained on so far."""
+        """Trained on so far, before it went on from a checkpoint too."""
         return self._last("throughput/total_tokens")
 
     @property
@@ -61,7 +66,7 @@ class ComparedRun:
 
     def hours_by_row(self) -> list[float]:
         """Hours until each row."""
-        hours, before, total = [], 0, 0.0
+        hours, before, total = [], self.begins_at, 0.0
         for row in self.rows:
             steps, before = row["step"] - before, row["step"]
             total += steps * float(row.get("throughput/duration", 0.0)) + float(row.get("throughput/hook_time", 0.0))
@@ -116,7 +121,7 @@ def table(runs: Sequence[ComparedRun]) -> tuple[tuple[str, ...], list[tuple[str,
     ordered = sorted(runs, key=lambda run: (_sortable(run.loss("eval/loss")), _sortable(run.loss("train/loss"))))
     return columns, [
         (
-            run.name if run.finished else f"{run.name} (step {run.rows[-1]['step']}, not finished)",
+            _name_and_state(run),
             *(
                 "" if value is None else show(value)
                 for value, show in ((run.num_parameters, number), (run.tokens, number), (run.flops, flops))
@@ -127,6 +132,12 @@ def table(runs: Sequence[ComparedRun]) -> tuple[tuple[str, ...], list[tuple[str,
         )
         for run in ordered
     ]
+
+
+def _name_and_state(run: ComparedRun) -> str:
+    state = [f"after step {run.begins_at}"] if run.begins_at else []
+    state += [] if run.finished else [f"step {run.rows[-1]['step']}, not finished"]
+    return f"{run.name} ({', '.join(state)})" if state else run.name
 
 
 def _places(word: str) -> list[Place]:
@@ -178,7 +189,8 @@ def _read(place: Place) -> ComparedRun | None:
         return None
     if manifest is not None:
         parameters = manifest.stats.get("num_parameters")
-        return ComparedRun(manifest.name, str(place), True, parameters, _fields_of(manifest), rows)
+        anew = manifest.config.get("initial_weights") is None
+        return ComparedRun(manifest.name, str(place), True, parameters, _fields_of(manifest), rows, begins_at(manifest.stats), anew)
     return _unfinished(here, rows)
 
 
@@ -196,7 +208,8 @@ def _unfinished(directory: Path, rows: list[dict[str, Any]]) -> ComparedRun:
     except (OSError, ValueError):
         parameters = None  # its data is elsewhere
     fields = _flat(job.identity_fields()) | {"data": job.mixture.name.rpartition("-")[2]}
-    return ComparedRun(job.name, str(directory), False, parameters, fields, rows)
+    anew = job.train.initialize_from_checkpoint_path is None and job.train.initialize_from_hf is None
+    return ComparedRun(job.name, str(directory), False, parameters, fields, rows, origin_of(job.train).step, anew)
 
 
 def _flat(value: Mapping[str, Any], before: str = "") -> dict[str, Any]:
@@ -227,6 +240,7 @@ def all_of(runs: Iterable[ComparedRun]) -> list[dict[str, Any]]:
             "name": run.name,
             "place": run.place,
             "finished": run.finished,
+            "begins_at": run.begins_at,
             "num_parameters": run.num_parameters,
             "step": run.rows[-1]["step"],
             "tokens": run.tokens,

@@ -43,7 +43,7 @@ class Comparison:
             return []
         data = {run.fields.get("data") for run in self.runs if run.finished}
         warning = ["warning: the runs differ in their data, so that their losses are of different text"] if len(data) > 1 else []
-        return [*self.law.lines(), *warning]
+        return [*self.law.lines(), *warning, *left_out(self.runs)]
 
     def save(self, directory: Path) -> list[Path]:
         """Writes `comparison.png`, `.html` and `.json`, and with a law `scaling-law.png` and `.html`; their places."""
@@ -58,12 +58,24 @@ class Comparison:
 
 
 def law_points(runs: Sequence[ComparedRun]) -> list[LawPoint]:
-    """The finished runs whose held-out loss is a number."""
+    """The finished runs whose held-out loss is a number, and whose weights are theirs from the beginning."""
     return [
         LawPoint(run.name, run.num_parameters, run.tokens, run.flops, loss)
         for run in runs
-        if run.finished and run.num_parameters and run.tokens and run.flops and (loss := run.loss("eval/loss")) is not None and loss > 0
+        if run.finished
+        and run.anew
+        and run.num_parameters
+        and run.tokens
+        and run.flops
+        and (loss := run.loss("eval/loss")) is not None
+        and loss > 0
     ]
+
+
+def left_out(runs: Sequence[ComparedRun]) -> list[str]:
+    """A line that names the finished runs which are not in a law, whose loss is of more than their own steps; none where there are none."""
+    names = ", ".join(run.name for run in runs if run.finished and not run.anew)
+    return [f"not in the law, because they go on from other weights: {names}"] if names else []
 
 
 def law_plot(law: ScalingLaw) -> LawPlot:

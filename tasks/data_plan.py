@@ -10,6 +10,7 @@ from pathlib import Path
 
 from model.batches import BatchLoader
 from model.order import Component, RowOrder, Stage, kept_windows
+from model.origin import ANEW, Origin
 from model.packing import BestFitPlan, Windows
 from model.token_store import StoreError, TokenStore, with_tail
 from tasks.config import RunConfig
@@ -55,8 +56,8 @@ class _Train:
     measured: bool
 
 
-def planned_data(config: RunConfig, steps: DataSteps, root: Place) -> PlannedData:
-    """What the run reads of each dataset it trains on.
+def planned_data(config: RunConfig, steps: DataSteps, root: Place, origin: Origin = ANEW) -> PlannedData:
+    """What the run reads of each dataset it trains on, from its `origin` on.
 
     Raises ValueError, as the training would, where tokens that are there cannot feed it.
     """
@@ -64,7 +65,7 @@ def planned_data(config: RunConfig, steps: DataSteps, root: Place) -> PlannedDat
     warnings = _unseen_changes(steps)
     if (mixture := _mixture_here(steps, root)) is not None:
         loader = BatchLoader(mixture, seq_len=config.seq_len, global_batch_size=train.train_batch_size, seed=train.loader_seed)
-        planned = loader.planned(train.num_train_steps)
+        planned = loader.planned(train.num_train_steps, origin)
         components = tuple(
             PlannedComponent(name, part["tokens"], part["epochs"], part["tokens"] / (part["epochs"] or 1) or None, measured=True)
             for name, part in planned.items()
@@ -80,10 +81,12 @@ def planned_data(config: RunConfig, steps: DataSteps, root: Place) -> PlannedDat
         splits[step.name] = counted or _estimated(step, config.data.tokenizer, config.seq_len, mixing, warnings)
     order = RowOrder([_component(name, split.rows, mixing) for name, split in splits.items()], stages, train.loader_seed)
     all_measured = all(split.measured for split in splits.values())
-    wanted = train.num_train_rows
+    wanted = origin.row + origin.rows_until(train.batch_schedule, train.num_train_steps)
     if order.num_rows is not None and order.num_rows < wanted:
-        warnings += _used_up(config, order.num_rows, exact=all_measured)
-    rows = order.planned_rows(wanted if order.num_rows is None else min(wanted, order.num_rows))
+        warnings += _used_up(config, order.num_rows, wanted, origin, exact=all_measured)
+    last = wanted if order.num_rows is None else min(wanted, order.num_rows)
+    before, until = order.planned_rows(min(origin.row, last)), order.planned_rows(last)
+    rows = {name: until[name] - before[name] for name in until}
     exact = all_measured or not mixing.max_epochs
     components = tuple(_planned(component, rows[component.name], splits[component.name], exact) for component in order.components)
     return PlannedData(components, tuple(warnings))
@@ -165,15 +168,15 @@ def _estimated(step: Step, tokenizer: Tokenizer, seq_len: int, mixing: Mixing, w
     return _Train(rows, seq_len, tokens, measured=False)
 
 
-def _used_up(config: RunConfig, num_rows: int, *, exact: bool) -> list[str]:
+def _used_up(config: RunConfig, num_rows: int, wanted: int, origin: Origin, *, exact: bool) -> list[str]:
     """The warning that the data ends before the last step. Raises ValueError where that is certain."""
     train = config.train
     ends = "ends" if exact else "would end"
     about = "" if exact else "about "
     message = (
-        f"train.num_train_steps={train.num_train_steps} needs {train.num_train_rows:,} rows, and with mixture.max_epochs the data {ends} "
+        f"train.num_train_steps={train.num_train_steps} needs {wanted:,} rows, and with mixture.max_epochs the data {ends} "
         f"after {about}{num_rows:,}: raise max_epochs, add data, or lower num_train_steps to "
-        f"{about}{train.batch_schedule.steps_within(num_rows)}"
+        f"{about}{train.batch_schedule.steps_within(num_rows - origin.row + train.batch_schedule.rows_before(origin.step))}"
     )
     if exact:
         raise ValueError(message)

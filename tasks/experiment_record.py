@@ -6,6 +6,7 @@ A run that is started again keeps its record: each start adds a line to `launche
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import time
@@ -112,6 +113,7 @@ def experiment_record(plan: Plan, step: Step, description: str, found: Preflight
         "plan": {
             "lines": plan_lines(plan),
             "num_parameters": plan.num_parameters,
+            "origin": dataclasses.asdict(plan.origin),
             "tokens": plan.total_tokens,
             "flops": plan.total_flops,
             "seconds": plan.seconds if found is None or found.hours is None else found.hours * 3600,

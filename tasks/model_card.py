@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from model.flops import num_parameters
+from model.origin import Origin, origin_of
 from model.secret_text import without_secrets
 from tasks.config import ExportConfig, TrainingStep
 from tasks.data_steps import RawFiles, RegisteredTask, TfdsTask
@@ -18,7 +19,7 @@ from tasks.experiment_record import read_record
 from tasks.formatting import number
 from tasks.places import Place, place_of_working
 from tasks.steps import Step
-from tasks.summary import four_digits
+from tasks.summary import begins_at, four_digits
 
 CARD = "README.md"
 _HUB_DATASET = re.compile(r"huggingface\.co/datasets/([\w.-]+/[\w.-]+)")
@@ -38,15 +39,17 @@ def model_card(training: Step, export: ExportConfig, stats: dict[str, Any], dire
     datasets = dataset_rows(training, stats.get("components") or {})
     exported = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     architecture, count = exported["architectures"][0], num_parameters(config.model.with_vocab(exported["vocab_size"]))
-    tokens = config.train.batch_schedule.rows_before(step) * config.train.seq_len_for(config.model)
+    begin = begins_at(stats) if "origin" in stats else origin_of(config.train).step
     last, run = config.train.num_train_steps, place_of_working(directory.absolute().parent)
-    steps = f"{step:,} steps" if step == last else f"the first {step:,} of {last:,} steps"
+    tokens = Origin(begin).rows_until(config.train.batch_schedule, step) * config.train.seq_len_for(config.model)
+    steps = f"{step - begin:,} steps" if step == last else f"the first {step - begin:,} of {last - begin:,} steps"
+    after = f", after step {begin:,} of that one," if begin else ""
     parts = [
         _front_matter(datasets),
         f"# {training.name}",
         f"A language model of {number(count)} parameters (`{architecture}`), trained from "
         f"{'scratch' if config.initial_weights is None else 'the weights of another one'} on {number(tokens)} tokens in "
-        f"{steps} with prefect-llama. It goes on from a text; it was not taught to follow instructions"
+        f"{steps}{after} with prefect-llama. It goes on from a text; it was not taught to follow instructions"
         f"{' beyond what its data shows' if datasets else ''}, and was not made safe for any use.",
         "## How to load it\n\n" + _how_to_load(),
         "## What it was trained on\n\n" + _dataset_table(datasets),

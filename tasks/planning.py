@@ -8,7 +8,6 @@ from __future__ import annotations
 import glob
 import os
 import re
-import shutil
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +17,19 @@ from model import hf_architectures
 from model.batch_arithmetic import BatchArithmetic, check_tensor_split
 from model.config import LlamaConfig
 from model.flops import num_parameters, train_flops_per_token
+from model.origin import Origin, origin_of
 from model.slices import slice_named
 from model.trackers import check_trackers
+from model.train_config import SimpleTrainConfig
 from tasks.artifacts import check_writable, read_manifest
 from tasks.config import RunConfig, TrainingStep, beside_fields
 from tasks.data_plan import PlannedComponent, bytes_to_fetch, planned_data, tokens_to_write
 from tasks.datasets import check_sources
+from tasks.disk_space import check_space, existing_place
 from tasks.eval_harness import check_eval_harness
 from tasks.formatting import duration, flops, number, size
 from tasks.pipeline import label, matching, run_steps
-from tasks.places import Place, place_of, working_directory
+from tasks.places import Place, place_of
 from tasks.steps import Step
 from tasks.unlisted import depending, not_listed, unlisted_datasets
 from tasks.vocabulary_file import not_exportable, vocabulary_size
@@ -62,6 +64,7 @@ class Plan:
     seconds: float | None  # training time, where the devices are this machine's cores
     checkpoint_bytes: int
     components: tuple[PlannedComponent, ...]
+    origin: Origin  # where it goes on from a checkpoint: tokens, FLOPs and time are those of its own steps
     fetch_bytes: int  # source files to copy or download
     token_bytes: int  # of tokens to make, by estimate
     warnings: tuple[str, ...]  # what may go wrong, by estimates or by what cannot be seen from here, a sentence each
@@ -77,6 +80,11 @@ class Plan:
         return tuple(planned.step for planned in self.steps if planned.action != "leave")
 
     @property
+    def own_train(self) -> SimpleTrainConfig:
+        """The training by its own steps."""
+        return self.origin.own(self.config.train)
+
+    @property
     def trains(self) -> bool:
         """Whether the training step would run."""
         return trains(self.steps)
@@ -90,13 +98,22 @@ def trains(steps: Iterable[PlannedStep]) -> bool:
     return any(planned.action == "run" and planned.step.kind == "checkpoints" for planned in steps)
 
 
-def plan_run(config: RunConfig, root: str | Place, *, only: str | None = None, force: tuple[str, ...] = (), to_read: bool = False) -> Plan:
+def plan_run(
+    config: RunConfig,
+    root: str | Place,
+    *,
+    only: str | None = None,
+    force: tuple[str, ...] = (),
+    to_read: bool = False,
+    origin: Origin | None = None,
+) -> Plan:
     """The plan of a run.
 
     Args:
         to_read: the plan is to be read, not run: a dataset whose server does not answer is planned from its declared size, and a disk
             that is too small is a warning.
         only: regular expression on `kind/name`; just the steps it finds, and what they need, take part.
+        origin: where it will begin that goes on from a checkpoint which is not there yet.
         force: regular expressions on `kind/name`; the steps they find run although they are there.
 
     Raises:
@@ -116,15 +133,17 @@ def plan_run(config: RunConfig, root: str | Place, *, only: str | None = None, f
 
     vocab_size = vocabulary_size(config.data.tokenizer)
     model = config.model.with_vocab(vocab_size)
-    total_tokens = config.train.num_train_rows * config.seq_len
+    assert isinstance(run.training.config, TrainingStep)
+    origin = origin or origin_of(run.training.config.train)
+    total_tokens = origin.own(config.train).num_train_rows * config.seq_len
     total_flops = train_flops_per_token(model, config.seq_len) * total_tokens
     devices = None if config.train.accelerator_type else local_device_count()
     fetch_bytes = bytes_to_fetch(run.data, root)
     id_bytes = 2 if vocab_size <= 1 << 16 else 4
     token_bytes = tokens_to_write(run.data, root, config.data.tokenizer) * id_bytes
     kept_bytes = checkpoint_bytes(config, model) if trains(planned) and isinstance(root, Path) else 0
-    space = _check_space(root, kept_bytes, fetch_bytes, token_bytes, refuse=not to_read)
-    data = planned_data(config, run.data, root)
+    space = check_space(root, kept_bytes, fetch_bytes, token_bytes, refuse=not to_read)
+    data = planned_data(config, run.data, root, origin)
     return Plan(
         config=config,
         root=root,
@@ -137,6 +156,7 @@ def plan_run(config: RunConfig, root: str | Place, *, only: str | None = None, f
         seconds=None if devices is None else total_flops / (CPU_FLOPS_PER_CORE * usable_cores()),
         checkpoint_bytes=checkpoint_bytes(config, model),
         components=data.components,
+        origin=origin,
         fetch_bytes=fetch_bytes,
         token_bytes=token_bytes,
         warnings=(*_all_warmup(config), *not_listed(unlisted), *data.warnings, *space),
@@ -160,7 +180,7 @@ def check_run(config: RunConfig, root: Place, unlisted: Collection[str] = ()) ->
         slice_named(config.train.accelerator_type)
     elif (devices := local_device_count()) is not None:
         BatchArithmetic.of(config.train, devices)
-    check_writable(_existing_place(root) if isinstance(root, Path) else root)
+    check_writable(existing_place(root) if isinstance(root, Path) else root)
 
 
 def _all_warmup(config: RunConfig) -> list[str]:
@@ -171,28 +191,6 @@ def _all_warmup(config: RunConfig) -> list[str]:
         f"train.warmup=1 is a fraction: all {steps} steps warm up, and nothing decays; above 1 it is steps, below 1 a fraction "
         f"(one step is train.warmup={1 / steps:.2g})"
     ]
-
-
-def _existing_place(root: Path) -> Path:
-    """The root itself or, before it is there, the place it will be made in: a plan leaves nothing behind."""
-    return next(path for path in (root, *root.parents) if path.exists())
-
-
-def _check_space(root: Place, checkpoints: int, fetch: int, tokens: int, *, refuse: bool) -> list[str]:
-    """Warns where checkpoints, source files and tokens may not fit; `refuse`: raises ValueError where the first two do not."""
-    needed, free = checkpoints + fetch + tokens, shutil.disk_usage(_existing_place(working_directory(root))).free
-    message = (
-        f"{_disk_of(root)} has {free:,} bytes free, this run needs about {needed:,}: {checkpoints:,} for checkpoints, {fetch:,} for "
-        f"source files, {tokens:,} for tokens; free some space, choose another --root, or set train.max_checkpoints lower"
-    )
-    if refuse and free < checkpoints + fetch:
-        raise ValueError(message)
-    # how many tokens there will be is only estimated
-    return [message] if free < needed else []
-
-
-def _disk_of(root: Place) -> str:
-    return f"--root={root}" if isinstance(root, Path) else f"{working_directory(root)}, where the files of --root={root} are worked on,"
 
 
 def checkpoint_bytes(config: RunConfig, model: LlamaConfig) -> int:
@@ -273,13 +271,15 @@ def plan_lines(plan: Plan) -> list[str]:
 
 def _steps_and_tokens(plan: Plan) -> str:
     """`240 steps x 16.4 thousand (64 sequences of 256)`; of a batch that changes, the steps of each size."""
-    train, seq_len = plan.config.train, plan.config.seq_len
+    train, seq_len = plan.own_train, plan.config.seq_len
     stages = train.batch_schedule.stages
     ends = [*(stage.start for stage in stages[1:]), train.num_train_steps]
-    return " + ".join(
+    parts = [
         f"{end - stage.start} steps x {number(stage.value * seq_len)} ({stage.value} sequences of {seq_len})"
         for stage, end in zip(stages, ends, strict=True)
-    )
+    ]
+    before = plan.origin.step
+    return " + ".join(parts) + (f", after step {before} of a run that saw {number(plan.origin.tokens)}" if before else "")
 
 
 def component_rows(plan: Plan) -> list[tuple[str, str, str, str]]:

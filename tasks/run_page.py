@@ -102,10 +102,15 @@ def incidents(place: Place, record: dict[str, Any], rows: list[dict[str, Any]]) 
 
 def _comparison(plan: dict[str, Any], rows: list[dict[str, Any]], last_step: int) -> Iterator[tuple[str, str, str]]:
     """`(what, planned, actual)`; what is not known is empty."""
-    done, seconds = rows[-1]["step"] if rows else 0, seconds_in_steps(rows)
+    origin = plan.get("origin") or {}
+    begin = origin.get("step", 0)
+    done, seconds = rows[-1]["step"] if rows else begin, seconds_in_steps(rows, begin)
     tokens = _last(rows, "throughput/total_tokens")
+    tokens = None if tokens is None else tokens - origin.get("tokens", 0)
     planned = plan.get("seconds")
-    yield "steps", f"{last_step:,}", f"{done:,}"
+    if begin:
+        yield "goes on after step", f"{begin:,}", f"{begin:,}"
+    yield "steps", f"{last_step - begin:,}", f"{done - begin:,}"
     yield "tokens", number(plan["tokens"]) if "tokens" in plan else "", "" if tokens is None else number(tokens)
     yield "time in steps", "" if planned is None else duration(planned), duration(seconds)
     yield (
@@ -120,9 +125,9 @@ def _comparison(plan: dict[str, Any], rows: list[dict[str, Any]], last_step: int
         yield name, "", "" if value is None else f"{value:.3g}"
 
 
-def seconds_in_steps(rows: list[dict[str, Any]]) -> float:
-    """Time in training steps: each logged step stands for those since the one logged before it. Repeated steps count once."""
-    total, before = 0.0, 0
+def seconds_in_steps(rows: list[dict[str, Any]], begin: int = 0) -> float:
+    """Time in training steps after `begin`: each logged step stands for those since the one logged before it. Repeated ones count once."""
+    total, before = 0.0, begin
     for row in rows:
         if isinstance(taken := row.get("throughput/duration"), int | float):
             total += taken * (row["step"] - before)

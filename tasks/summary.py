@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ class RunSummary:
     samples: list[dict[str, Any]]
     unigram_entropy: float | None
     components: dict[str, dict[str, float]]
+    begins_at: int = 0  # the step of the checkpoint that it goes on from
 
     @classmethod
     def of(cls, artifacts: list[Artifact]) -> RunSummary | None:
@@ -42,6 +44,7 @@ class RunSummary:
             samples=manifest.stats["samples"],
             unigram_entropy=None if mixture is None else mixture.stats.get("unigram_entropy"),
             components=manifest.stats.get("components") or {},
+            begins_at=begins_at(manifest.stats),
         )
 
     def rows(self) -> list[dict[str, Any]]:
@@ -54,7 +57,8 @@ class RunSummary:
 
     def headline(self) -> str:
         """One line: the losses, with the unigram entropy beside them."""
-        parts = [f"step {self.step}", f"train loss {four_digits(self.final['train/loss'])}"]
+        began = f" (its own begin after step {self.begins_at})" if self.begins_at else ""
+        parts = [f"step {self.step}{began}", f"train loss {four_digits(self.final['train/loss'])}"]
         if "eval/loss" in self.final:
             parts.append(f"held-out loss {four_digits(self.final['eval/loss'])}")
         if "eval/bpb" in self.final:
@@ -86,6 +90,11 @@ class RunSummary:
             f"| trained on | tokens | epochs |\n|---|---|---|\n{read}\n\n"
             f"## Samples\n\n{samples}\n\n## Where everything lies\n\n{places}\n"
         )
+
+
+def begins_at(stats: Mapping[str, Any]) -> int:
+    """The step that a run went on from, by its manifest's stats; 0 where it began anew."""
+    return int((stats.get("origin") or {}).get("step", 0))
 
 
 def held_out_rows(final: dict[str, Any]) -> list[tuple[str, float | str | None, float | str | None]]:

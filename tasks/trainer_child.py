@@ -86,6 +86,7 @@ def outcome(directory: Path, report: TrainingReport) -> dict[str, Any]:
         "num_parameters": report.started.get("num_parameters"),
         "skipped_rows": report.started.get("skipped_rows", 0),
         "components": report.started.get("planned", {}),
+        "origin": report.started.get("origin", {}),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from model.train_config import SimpleTrainConfig
 from tasks import objects
 from tasks.artifacts import commit
 from tasks.compared_runs import differing_fields, find_runs, table
-from tasks.comparison import Comparison
+from tasks.comparison import Comparison, law_points, left_out
 from tasks.datasets import shakespeare_mixture
 from tasks.experiment import default_train
 from tasks.pipeline import run_steps
@@ -51,10 +52,14 @@ def rows(steps: int, loss: float) -> list[dict[str, Any]]:
     return found
 
 
-def write_run(root: Place, name: str, *, steps: int = 4, loss: float = 2.0, finished: bool = True, **changes: Any) -> Place:
+def write_run(
+    root: Place, name: str, *, steps: int = 4, loss: float = 2.0, finished: bool = True, origin: Any = None, **changes: Any
+) -> Place:
     """A run as the training step leaves it, or as it is in the middle."""
     train = SimpleTrainConfig(**{"train_batch_size": 4, "num_train_steps": steps, "learning_rate": 1e-3, **changes})
     step = run_steps(default_train(name, shakespeare_mixture(), MODEL, train)).training
+    if origin is not None:
+        step = replace(step, config=step.config.model_copy(update={"initial_weights": "0" * 64}))
     place = step.directory(root)
     directory = working_directory(place)
     directory.mkdir(parents=True)
@@ -63,7 +68,9 @@ def write_run(root: Place, name: str, *, steps: int = 4, loss: float = 2.0, fini
     job = TrainingJob(name=name, fingerprint=step.fingerprint, directory=directory, mixture=mixture, model=MODEL, train=train)
     (directory / ".job.json").write_text(job.model_dump_json())
     if finished:
-        commit(place, step, files=[directory / "metrics.jsonl"], stats={"step": steps, "num_parameters": 12_345, "final": {}})
+        commit(
+            place, step, files=[directory / "metrics.jsonl"], stats={"step": steps, "num_parameters": 12_345, "final": {}, "origin": origin}
+        )
     return place
 
 
@@ -104,6 +111,17 @@ def test_the_table(root: Path) -> None:
     assert dict(zip(columns, lines[0], strict=True))["train.learning_rate"] == "0.002"
     finished = [run for run in find_runs([str(root)]) if run.finished]
     assert differing_fields(finished) == ["train.learning_rate"]
+
+
+def test_a_run_that_goes_on_is_told_and_left_out_of_a_law(tmp_path: Path) -> None:
+    write_run(tmp_path, "later", origin={"step": 3, "row": 0, "tokens": 300})
+    write_run(tmp_path, "anew")
+    comparison = Comparison.of([str(tmp_path)], fit=False)
+    later = next(run for run in comparison.runs if run.name == "later")
+    assert (later.begins_at, later.anew, later.tokens) == (3, False, 400)
+    assert sorted(line[0] for line in comparison.table()[1]) == ["anew", "later (after step 3)"]
+    assert [point.name for point in law_points(comparison.runs)] == ["anew"]
+    assert left_out(comparison.runs) == ["not in the law, because they go on from other weights: later"]
 
 
 def test_runs_of_one_name_are_told_apart(root: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 from model.batches import BatchLoader
 from model.config import LlamaConfig
 from model.train_config import SimpleTrainConfig
-from tasks import data_plan, planning
+from tasks import data_plan, disk_space, planning
 from tasks.artifacts import Artifact, commit
 from tasks.config import RunConfig
 from tasks.data_estimates import bytes_per_token, text_bytes
@@ -235,7 +235,7 @@ def test_a_plan_shows_its_warnings_and_a_disk_is_refused_for_what_is_known(tmp_p
     known = plan.checkpoint_bytes + plan.fetch_bytes
 
     def with_free(free: int) -> planning.Plan:
-        monkeypatch.setattr(planning.shutil, "disk_usage", lambda place: type("Usage", (), {"free": free})())
+        monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda place: type("Usage", (), {"free": free})())
         return plan_run(run.config, tmp_path / "run" / "root")
 
     assert len(with_free(known + 3 * plan.fetch_bytes).warnings) == 1

@@ -147,7 +147,18 @@ def test_flags_of_a_run_that_goes_on_are_those_of_its_anneal(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("flags", "status", "shown"),
     [
-        ([], 0, ["checkpoints/one", "checkpoints/two", "checkpoints/later", "with the last checkpoint of two, which is trained first"]),
+        (
+            [],
+            0,
+            [
+                "checkpoints/one",
+                "checkpoints/two",
+                "checkpoints/later",
+                "with the last checkpoint of two, which is trained first",
+                "2.56k = 5 steps",
+                "after step 10 of a run that saw 5.12k",
+            ],
+        ),
         (["--only", "tokens"], 0, ["tokens/plays"]),
         (["--only", "hf/one"], 0, ["checkpoints/one"]),
         (["--only", "chekpoints"], 2, ["--only='chekpoints' matches no step; the steps are raw/plays"]),

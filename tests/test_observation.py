@@ -18,6 +18,7 @@ from model.config import LlamaConfig
 from model.flops import num_parameters, train_flops_per_token
 from model.memory import memory_metrics
 from model.norms import named_norms, per_layer_norms
+from model.origin import Origin
 from model.parameters import param_shapes
 from model.profiler import Profiler
 from model.speed import Speedometer, run_constants
@@ -135,6 +136,13 @@ def test_speed_is_counted_from_the_clock(monkeypatch: pytest.MonkeyPatch) -> Non
     assert metrics["run_progress"] == 0.2
     assert meter.hook_time() == {"throughput/hook_time": 3.0}
     assert meter.hook_time() == {"throughput/hook_time": 0.0}
+
+
+def test_tokens_are_those_that_the_weights_have_seen_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "peak_flops_per_device", lambda: 1e12)
+    meter = Speedometer(CONFIG, 16, BatchSchedule.of(4), first_step=5, last_step=10, origin=Origin(5, 0, 1_000))
+    assert meter.step_done(6, 0.0)["throughput/total_tokens"] == 1_000 + 4 * 16
+    assert meter.tokens_until(10) == 1_000 + 5 * 4 * 16
 
 
 def test_constants_of_a_run_for_the_trackers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ from tests.small_run import SmallRun
 
 MODEL = LlamaConfig(seq_len=64, hidden_dim=32, intermediate_dim=64, num_layers=2, num_heads=2, num_kv_heads=1)
 TRAIN = SimpleTrainConfig(train_batch_size=8, num_train_steps=12, learning_rate=2e-2)
+NONE = Step(kind="mixtures", name="none", config=ExportConfig())
 HF = {
     "config.json": json.dumps({"architectures": ["LlamaForCausalLM"], "vocab_size": 400}).encode(),
     "generation_config.json": b"{}",
@@ -74,6 +75,15 @@ def test_the_card_says_what_the_model_is_and_comes_from(exported: Path) -> None:
     told = json.loads(card.split("```json\n")[1].split("\n```")[0])
     assert told == {"model": MODEL.identity(), "train": TRAIN.identity(), "export": ExportConfig().identity()}
     assert str(exported.parent) not in card
+
+
+def test_the_card_of_a_run_that_goes_on_counts_its_own_steps(exported: Path) -> None:
+    config = TrainingStep(model=MODEL, train=TRAIN, initial_weights="0" * 64)
+    training = Step(kind="checkpoints", name="mine", config=config, upstream=(NONE,))
+    stats = {"origin": {"step": 4, "row": 0, "tokens": 2048}}
+    card = model_card(training, ExportConfig(), stats, exported / "hf", 12)
+    assert "trained from the weights of another one on 4.1k tokens in 8 steps, after step 4 of that one, with" in card
+    assert "on 1.02k tokens in the first 2 of 8 steps, after step 4" in model_card(training, ExportConfig(), stats, exported / "hf", 6)
 
 
 @pytest.fixture

@@ -189,3 +189,14 @@ def test_steps_between_two_logged_ones_count_and_others_do_not() -> None:
     rows = [{"step": 1, "throughput/duration": 4.0}, {"step": 10, "throughput/duration": 1.0}, {"step": 10, "eval/loss": 3.0}]
     assert seconds_in_steps(rows) == 4.0 + 9.0
     assert seconds_in_steps([]) == 0.0
+    assert seconds_in_steps(rows[1:], begin=8) == 2.0
+
+
+def test_a_run_that_goes_on_has_its_own_steps_and_tokens_on_its_page(tmp_path: Path) -> None:
+    run = made_run(tmp_path)
+    for path in run.parent.parent.rglob("*.json"):
+        if "plan" in (content := json.loads(path.read_text())):
+            content["plan"] |= {"tokens": 1000, "origin": {"step": 15, "row": 0, "tokens": 3000}}
+            path.write_text(json.dumps(content))
+    comparison = page_values(run)["comparison"]
+    assert comparison[:3] == [("goes on after step", "15", "15"), ("steps", "5", "5"), ("tokens", "1k", "1k")]
