@@ -11,8 +11,8 @@ from tasks.children import ChildStopped, stop_children
 from tasks.pipeline import StepsFailed
 
 T = TypeVar("T")
-State = Literal["done", "failed", "stopped", "left out"]
-_WHICH: dict[State, str] = {"failed": "failed", "stopped": "was stopped", "left out": "was left out"}
+State = Literal["done", "failed", "stopped", "left out", "refused"]
+_WHICH: dict[State, str] = {"failed": "failed", "stopped": "was stopped", "left out": "was left out", "refused": "was refused"}
 _SHOWN = 100  # letters of an error in a table
 
 
@@ -64,13 +64,18 @@ def run_all(jobs: Mapping[str, Callable[[], T]], needs: Mapping[str, str], most:
     return [Outcome(name, "stopped", why="it had not begun") if future.cancelled() else future.result() for name, future in futures.items()]
 
 
+def left_out(name: str, needed: Outcome[T]) -> Outcome[T]:
+    """The outcome of a run that needs another one, which is not done."""
+    return Outcome(name, "left out", why=f"it needs {needed.name}, which {_WHICH[needed.state]}")
+
+
 def _after(name: str, job: Callable[[], T], needed: Future[Outcome[T]] | None) -> Outcome[T]:
     return _outcome(name, job, None if needed is None else needed.result())
 
 
 def _outcome(name: str, job: Callable[[], T], needed: Outcome[T] | None) -> Outcome[T]:
     if needed is not None and needed.state != "done":
-        return Outcome(name, "left out", why=f"it needs {needed.name}, which {_WHICH[needed.state]}")
+        return left_out(name, needed)
     try:
         return Outcome(name, "done", job())
     except (KeyboardInterrupt, ChildStopped) as stop:

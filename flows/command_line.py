@@ -23,7 +23,8 @@ from model.config_base import nearest
 from tasks.config import RunConfig
 from tasks.datasets import OWN_TEXT, Reading, own_text_mixture
 from tasks.experiment import root_place
-from tasks.planning import Plan, component_rows, plan_lines, plan_rows, plan_run
+from tasks.plan_text import component_rows, plan_lines, plan_rows
+from tasks.planning import Plan, plan_run
 from tasks.preflight import check_accelerator, preflight, preflight_lines, refuse_what_does_not_fit
 from tasks.presets import Preset, preset
 
@@ -89,15 +90,18 @@ def named_errors(command: Callable[[], int]) -> int:
     """Runs a command; errors that carry their own explanation are printed as one message."""
     try:
         return command()
-    except ValidationError as error:
-        for problem in error.errors(include_url=False):
-            print(f"error: {explain(problem)}", file=sys.stderr)
-        return 2
     except (ValueError, OSError) as error:
-        # an error of our own with a number for programs: people need the text
-        text = error.strerror if isinstance(error, OSError) and error.strerror and error.filename is None else error
-        print(f"error: {text}", file=sys.stderr)
+        for text in explained(error):
+            print(f"error: {text}", file=sys.stderr)
         return 2
+
+
+def explained(error: ValueError | OSError) -> list[str]:
+    """What an error that explains itself says, a message for each thing that is wrong."""
+    if isinstance(error, ValidationError):
+        return [explain(problem) for problem in error.errors(include_url=False)]
+    # an error of our own with a number for programs: people need the text
+    return [error.strerror if isinstance(error, OSError) and error.strerror and error.filename is None else str(error)]
 
 
 def _run(arguments: Arguments, preset_name: str | None) -> int:
@@ -141,7 +145,8 @@ def print_plan(plan: Plan) -> None:
     for line in plan_lines(plan):
         name, _, value = line.partition(": ")
         console.print(f"  {name:<8} {value}", markup=False)
-    print_table(("dataset", "share", "tokens", "epochs"), component_rows(plan))
+    if rows := component_rows(plan):
+        print_table(("dataset", "share", "tokens", "epochs"), rows)
     print_table(("step", "", "why"), plan_rows(plan))
 
 

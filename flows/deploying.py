@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 from model.child import CHECKOUT
 from tasks.config import RunConfig
 from tasks.mixture_config import Dataset, Mixture
@@ -10,6 +12,31 @@ from tasks.sources.local_files import is_local, local_path
 from tasks.vocabularies import ByteTokenizer, TokenizerTraining
 
 ENTRYPOINT = "flows/train_flow.py:train_llama"
+
+
+def deploy_all(configs: Sequence[RunConfig], pool: str, root: Place, description: str = "") -> Iterator[str]:
+    """Deploys each; yields a line for each that says how to run it.
+
+    Raises:
+        ValueError: as `deploy`, or, before any is made, a name is one of the project's own deployments.
+    """
+    taken = shipped_names()
+    for config in configs:
+        if config.name in taken:
+            raise ValueError(
+                f"--deploy: train-llama/{config.name} is a deployment of prefect.yaml, which this one would replace: rename the run "
+                f"(--name, or its name in the file where that has several), for example to {config.name}-experiment"
+            )
+    for config in configs:
+        yield deploy(config, pool, root, description)
+
+
+def shipped_names() -> frozenset[str]:
+    """Names of the project's own deployments of the flow."""
+    import yaml
+
+    deployments = yaml.safe_load((CHECKOUT / "prefect.yaml").read_text(encoding="utf-8"))["deployments"]
+    return frozenset(each["name"] for each in deployments if each["entrypoint"] == ENTRYPOINT)
 
 
 def deploy(config: RunConfig, pool: str, root: Place, description: str = "") -> str:

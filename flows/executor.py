@@ -9,9 +9,10 @@ import re
 import sys
 from collections.abc import Sequence
 
-from flows.at_once import Outcome, exit_status, run_all
+from flows.at_once import Outcome, exit_status, left_out, run_all
 from flows.command_line import (
     console,
+    explained,
     how_to_continue,
     named_errors,
     print_plan,
@@ -42,29 +43,71 @@ def _run(runs: list[Declared], description: str) -> int:
     arguments = runs[0].arguments
     if arguments.max_concurrent < 1:
         raise ValueError(f"--max-concurrent={arguments.max_concurrent}: give how many runs may be under way at once, 1 or more")
+    if arguments.deploy is not None:
+        _refuse_beside_deploy(arguments)
     root = root_place(arguments.root)
     chosen = _chosen(runs)
-    needs = {run.name: run.base for run in chosen if run.base is not None}
     # all are checked, and shown, before the first one trains
-    plans = [_plan(run, root, to_read=arguments.plan) for run in chosen]
-    if arguments.plan:
-        for plan in plans:
-            print_preflight(plan)
-        return 0
+    refused = _check_all(chosen, root)
+    ready = [run for run in chosen if run.name not in refused]
+    if arguments.plan or not ready:
+        return 2 if refused else 0
     if arguments.deploy is not None:
-        from flows.deploying import deploy
+        from flows.deploying import deploy_all
 
-        for run in chosen:
-            if not run.is_ready(root):
-                raise ValueError(f"--deploy: {run.name} goes on from {run.base}, which is not trained yet: run the file first")
-            console.print(deploy(run.whole(root), arguments.deploy, root, description), markup=False)
-        return 0
-    for run, plan in zip(chosen, plans, strict=True):
-        check_accelerator(run.name, plan.model, plan.own_train, tell=tell, pool=run.config.pool)
+        for line in deploy_all([run.whole(root) for run in ready], arguments.deploy, root, description):
+            console.print(line, markup=False)
+        return int(bool(refused))
     prepare_prefect()
-    outcomes = run_all({run.name: lambda run=run: _launch(run, root, description) for run in chosen}, needs, arguments.max_concurrent)
-    _report(outcomes, arguments)
-    return exit_status(outcomes)
+    needs = {run.name: run.base for run in ready if run.base is not None}
+    done = run_all({run.name: lambda run=run: _launch(run, root, description) for run in ready}, needs, arguments.max_concurrent)
+    outcomes = {**refused, **{outcome.name: outcome for outcome in done}}
+    _report([outcomes[run.name] for run in chosen], arguments)
+    return exit_status(list(outcomes.values()))
+
+
+def _refuse_beside_deploy(arguments: ExperimentArguments) -> None:
+    """Raises ValueError where flags say how to run what --deploy does not run."""
+    given = {"--only": arguments.only is not None, "--force": bool(arguments.force), "--max-concurrent": arguments.max_concurrent > 1}
+    if flags := [flag for flag, is_given in given.items() if is_given]:
+        raise ValueError(
+            f"--deploy makes deployments of whole runs and runs none, so {' and '.join(flags)} would have no effect: leave "
+            f"{'them' if len(flags) > 1 else 'it'} out; `only` and `force` are parameters of a deployment's runs"
+        )
+
+
+def _check_all(runs: Sequence[Declared], root: Place) -> dict[str, Outcome[list[Artifact]]]:
+    """Plans, shows and checks every run; those that cannot run, by name: each is told where it stands among the others.
+
+    Raises:
+        ValueError, OSError: there is one run alone, which cannot run.
+    """
+    refused: dict[str, Outcome[list[Artifact]]] = {}
+    for run in runs:
+        if run.base in refused:
+            refused[run.name] = left_out(run.name, refused[run.base])
+        else:
+            try:
+                _check(run, root)
+            except (ValueError, OSError) as error:
+                if len(runs) == 1:
+                    raise
+                refused[run.name] = Outcome(run.name, "refused", why="; ".join(explained(error)))
+        if run.name in refused:
+            print(f"error: {run.name}: {refused[run.name].why}", file=sys.stderr, flush=True)
+    return refused
+
+
+def _check(run: Declared, root: Place) -> None:
+    """Plans and shows a run. Raises ValueError or OSError where it cannot run."""
+    arguments = run.arguments
+    plan = _plan(run, root, to_read=arguments.plan)
+    if arguments.plan:
+        print_preflight(plan)
+    elif arguments.deploy is None:
+        check_accelerator(run.name, plan.model, plan.own_train, tell=tell, pool=run.config.pool)
+    elif not run.is_ready(root):
+        raise ValueError(f"--deploy: {run.name} goes on from {run.base}, which is not trained yet: run the file first")
 
 
 def _launch(run: Declared, root: Place, description: str) -> list[Artifact]:
@@ -108,6 +151,8 @@ def _report(outcomes: list[Outcome[list[Artifact]]], arguments: ExperimentArgume
     from tasks.summary import RunSummary
 
     for outcome in outcomes:
+        if outcome.state == "refused":
+            continue  # told when it was planned
         if outcome.result is not None and (summary := RunSummary.of(outcome.result)) is not None:
             print_summary(summary)
         elif outcome.state == "stopped":

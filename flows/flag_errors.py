@@ -41,6 +41,9 @@ _BY_HABIT = {
     "context-length": "seq-len",
     "grad-clip": "max-grad-norm",
     "output-dir": "root",
+    "prefix": "root",
+    "dry-run": "plan",
+    "run-only": "only",
 }
 
 

@@ -6,7 +6,7 @@ import flows.prefect_settings  # noqa: F401  (before Prefect reads its settings)
 
 # isort: split
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Annotated, Any
 
 from prefect import flow, get_run_logger
@@ -169,11 +169,19 @@ def run_plan(plan: Plan, owed: OwedWork | None = None) -> list[Artifact]:
         return artifacts_of({label(step): futures[step.fingerprint] for step in plan.wanted})
     except StepsFailed:  # all have ended; children that are there belong to other runs of this process
         raise
-    except BaseException:
+    except BaseException as stop:
         stop_children()
         for future in futures.values():
             future.wait()
+        if isinstance(stop, KeyboardInterrupt) and (said := _what_stopped(futures.values())) is not None:
+            raise KeyboardInterrupt(str(said)) from said
         raise
+
+
+def _what_stopped(futures: Iterable[PrefectFuture[Artifact]]) -> ChildStopped | None:
+    """What the step says that was stopped, such as where it saved."""
+    results = (future.result(raise_on_failure=False) for future in futures if future.state.is_failed() or future.state.is_crashed())
+    return next((result for result in results if isinstance(result, ChildStopped)), None)
 
 
 def artifacts_of(futures: Mapping[str, PrefectFuture[Artifact]]) -> list[Artifact]:

@@ -17,7 +17,8 @@ from model.tracker_services import tracker_name
 from tasks.json_files import read_json, write_json
 from tasks.pipeline import label
 from tasks.places import Place, place_of
-from tasks.planning import Plan, plan_lines
+from tasks.plan_text import plan_lines
+from tasks.planning import Plan
 from tasks.source_control import code_state
 from tasks.steps import Step
 

@@ -95,7 +95,7 @@ def matching(steps: tuple[Step, ...], pattern: str, flag: str) -> tuple[Step, ..
     Raises:
         ValueError: the pattern is no regular expression or matches no step; names the steps there are.
     """
-    names = ", ".join(label(step) for step in steps)
+    names = ", ".join(dict.fromkeys(label(step) for step in steps))
     try:
         found = tuple(step for step in steps if re.search(pattern, label(step)))
     except re.error as error:

@@ -9,7 +9,7 @@ import glob
 import os
 import re
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -27,8 +27,7 @@ from tasks.data_plan import PlannedComponent, bytes_to_fetch, planned_data, toke
 from tasks.datasets import check_sources
 from tasks.disk_space import check_space, existing_place
 from tasks.eval_harness import check_eval_harness
-from tasks.formatting import duration, flops, number, size
-from tasks.pipeline import label, matching, run_steps
+from tasks.pipeline import matching, run_steps
 from tasks.places import Place, place_of
 from tasks.steps import Step
 from tasks.unlisted import depending, not_listed, unlisted_datasets
@@ -85,6 +84,11 @@ class Plan:
         return self.origin.own(self.config.train)
 
     @property
+    def has_training(self) -> bool:
+        """Whether the training step takes part."""
+        return any(step.kind == "checkpoints" for step in self.wanted)
+
+    @property
     def trains(self) -> bool:
         """Whether the training step would run."""
         return trains(self.steps)
@@ -138,9 +142,10 @@ def plan_run(
     total_tokens = origin.own(config.train).num_train_rows * config.seq_len
     total_flops = train_flops_per_token(model, config.seq_len) * total_tokens
     devices = None if config.train.accelerator_type else local_device_count()
-    fetch_bytes = bytes_to_fetch(run.data, root)
+    taken = replace(run.data, downloads=_among(run.data.downloads, wanted), tokens=_among(run.data.tokens, wanted))
+    fetch_bytes = bytes_to_fetch(taken, root)
     id_bytes = 2 if vocab_size <= 1 << 16 else 4
-    token_bytes = tokens_to_write(run.data, root, config.data.tokenizer) * id_bytes
+    token_bytes = tokens_to_write(taken, root, config.data.tokenizer) * id_bytes
     kept_bytes = checkpoint_bytes(config, model) if trains(planned) and isinstance(root, Path) else 0
     space = check_space(root, kept_bytes, fetch_bytes, token_bytes, refuse=not to_read)
     data = planned_data(config, run.data, root, origin)
@@ -178,6 +183,11 @@ def check_run(config: RunConfig, root: Place, unlisted: Collection[str] = ()) ->
     check_tensor_split(model, config.train.tensor_parallel_size)
     if config.train.accelerator_type is not None:
         slice_named(config.train.accelerator_type)
+    elif config.train.slice_count > 1 and config.pool is None:
+        raise ValueError(
+            f"train.slice_count={config.train.slice_count} has no effect without train.accelerator_type: this machine would train "
+            "alone. Give the slices' type too, such as train.accelerator_type='v4-128', or leave train.slice_count out"
+        )
     elif (devices := local_device_count()) is not None:
         BatchArithmetic.of(config.train, devices)
     check_writable(existing_place(root) if isinstance(root, Path) else root)
@@ -238,61 +248,12 @@ def _not_applied(step: Step, root: Place) -> list[str]:
     return [f"train.{name}" for name, value in beside_fields(config.train).items() if made_with.get(name, value) != value]
 
 
+def _among(steps: tuple[Step, ...], wanted: tuple[Step, ...]) -> tuple[Step, ...]:
+    return tuple(step for step in steps if step in wanted)
+
+
 def _with_inputs(targets: tuple[Step, ...]) -> tuple[Step, ...]:
     needed: list[Step] = []
     for step in targets:
         needed += [*_with_inputs(step.upstream), step]
     return tuple(needed)
-
-
-def plan_lines(plan: Plan) -> list[str]:
-    """The plan's numbers as `name: value` lines are made from these pairs joined by a colon."""
-    train, model = plan.config.train, plan.model
-    batch = str(plan.batch) if plan.batch else f"{train.batch_schedule} sequences, divided over the devices where the training runs"
-    if plan.batch and not isinstance(train.train_batch_size, int):
-        batch = f"up to {batch}"
-    mesh = (
-        f"data {plan.batch.data} x fsdp {plan.batch.fsdp} x tensor {plan.batch.tensor}" if plan.batch else "decided where the training runs"
-    )
-    return [
-        f"model: {number(plan.num_parameters)} parameters: {model.num_layers} layers, width {model.hidden_dim}, "
-        f"mlp {model.intermediate_dim}, {model.num_heads} heads, {model.num_kv_heads} kv heads, vocabulary {model.vocab_size}",
-        f"tokens: {number(plan.total_tokens)} = {_steps_and_tokens(plan)}",
-        *([f"fetch: {size(plan.fetch_bytes)} of source files"] if plan.fetch_bytes else []),
-        f"compute: {flops(plan.total_flops)} of model work, causal attention at half",
-        f"batch: {batch}",
-        f"mesh: {mesh}, {train.compute_dtype} arithmetic, float32 weights",
-        f"time: about {duration(plan.seconds)} of training on this machine" if plan.seconds else "time: depends on the accelerator",
-        f"disk: up to {size(plan.checkpoint_bytes)} of checkpoints and exports, {size(plan.fetch_bytes)} of source files and about "
-        f"{size(plan.token_bytes)} of tokens, below {plan.root}",
-        *(f"warning: {warning}" for warning in plan.warnings),
-    ]
-
-
-def _steps_and_tokens(plan: Plan) -> str:
-    """`240 steps x 16.4 thousand (64 sequences of 256)`; of a batch that changes, the steps of each size."""
-    train, seq_len = plan.own_train, plan.config.seq_len
-    stages = train.batch_schedule.stages
-    ends = [*(stage.start for stage in stages[1:]), train.num_train_steps]
-    parts = [
-        f"{end - stage.start} steps x {number(stage.value * seq_len)} ({stage.value} sequences of {seq_len})"
-        for stage, end in zip(stages, ends, strict=True)
-    ]
-    before = plan.origin.step
-    return " + ".join(parts) + (f", after step {before} of a run that saw {number(plan.origin.tokens)}" if before else "")
-
-
-def component_rows(plan: Plan) -> list[tuple[str, str, str, str]]:
-    """`(dataset, share of the run, tokens read, epochs of it)` of every dataset that is trained on, for a table."""
-    total = sum(component.tokens for component in plan.components) or 1.0
-    rows: list[tuple[str, str, str, str]] = []
-    for component in plan.components:
-        about = "" if component.measured else "about "
-        epochs = "not known yet" if component.epochs is None else f"{about}{component.epochs:.3g} of {number(component.available or 0)}"
-        rows.append((component.name, f"{100 * component.tokens / total:.4g} %", number(component.tokens), epochs))
-    return rows
-
-
-def plan_rows(plan: Plan) -> list[tuple[str, str, str]]:
-    """`(step, action, why)` of every step, for a table."""
-    return [(label(planned.step), planned.action, planned.why) for planned in plan.steps]

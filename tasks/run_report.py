@@ -13,7 +13,8 @@ from prefect.utilities.urls import url_for
 
 from tasks.artifacts import Artifact
 from tasks.experiment_record import launch_record, record_markdown
-from tasks.planning import Plan, component_rows, plan_lines, plan_rows
+from tasks.plan_text import component_rows, plan_lines, plan_rows
+from tasks.planning import Plan
 from tasks.prefect_artifacts import image_url, keep
 from tasks.run_page import write_run_page
 from tasks.summary import RunSummary

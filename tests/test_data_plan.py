@@ -25,7 +25,8 @@ from tasks.data_steps import DataSteps, RawFiles, mixture_steps
 from tasks.datasets import ByteTokenizer, Mixture, Reading, SentencePieceTraining
 from tasks.download import download_body
 from tasks.mixture import mix_body
-from tasks.planning import component_rows, plan_lines, plan_run
+from tasks.plan_text import component_rows, plan_lines
+from tasks.planning import plan_run
 from tasks.steps import Step
 from tasks.tokenization import tokenize_body
 from tasks.vocabulary import train_vocabulary_body

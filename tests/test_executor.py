@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from prefect.states import Completed, Failed
 
 from flows.at_once import Outcome, exit_status, run_all
 from flows.executor import declared_runs, run_experiments
@@ -17,11 +18,12 @@ from model.config import LlamaConfig
 from model.learning_rate import learning_rate_schedule
 from model.train_config import SimpleTrainConfig
 from tasks.anneal import anneal_after
-from tasks.children import ChildStopped, allow_children
+from tasks.children import ChildStopped, allow_children, stopping
 from tasks.config import RunConfig
 from tasks.datasets import shakespeare_mixture
 from tasks.experiment import default_train
 from tasks.pipeline import StepsFailed
+from tasks.planning import plan_run
 from tasks.sources import NotListed, remote_files
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -163,7 +165,10 @@ def test_flags_of_a_run_that_goes_on_are_those_of_its_anneal(tmp_path: Path) -> 
         (["--only", "hf/one"], 0, ["checkpoints/one"]),
         (["--only", "chekpoints"], 2, ["--only='chekpoints' matches no step; the steps are raw/plays"]),
         (["--force", "checkpoints/two"], 0, ["forced"]),
-        (["--deploy", "local"], 2, ["--deploy: later goes on from two, which is not trained yet: run the file first"]),
+        (["--deploy", "local"], 1, ["--deploy: later goes on from two, which is not trained yet: run the file first", "deployed"]),
+        (["--deploy", "local", "--only", "hf", "--force", "hf"], 2, ["runs none, so --only and --force would have no effect"]),
+        (["--deploy", "local", "--max-concurrent", "2"], 2, ["so --max-concurrent would have no effect: leave it out"]),
+        (["--only", "^raw/plays"], 0, ["of source files", "raw/plays"]),
         (["--max-concurrent", "0"], 2, ["--max-concurrent=0: give how many runs"]),
     ],
 )
@@ -180,7 +185,38 @@ def test_plans(
         assert text in said.out + said.err
     if flags[:2] == ["--only", "hf/one"]:
         assert "checkpoints/two" not in said.out
+    if flags == ["--only", "chekpoints"]:
+        assert said.err.count("raw/plays") == 1
+    if flags == ["--only", "^raw/plays"]:  # nothing is trained
+        for text in ("compute", "time", "share", "checkpoints/one", "raw/sonnets"):
+            assert text not in said.out
     assert not any(tmp_path.iterdir())
+
+
+def test_an_interrupted_flow_says_where_its_training_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows import train_flow
+
+    class Future:
+        def __init__(self, result: object) -> None:
+            self.state = Completed() if result is None else Failed()
+            self._result = result
+
+        def add_done_callback(self, _: object) -> None:
+            pass
+
+        def wait(self, timeout: float | None = None) -> None:
+            if not stopping():
+                raise KeyboardInterrupt
+
+        def result(self, *, raise_on_failure: bool) -> object:
+            assert not raise_on_failure
+            return self._result
+
+    stopped = ChildStopped("training one was stopped and saved at step 640", saved=True)
+    monkeypatch.setattr(train_flow, "submit", lambda step, *_: Future(stopped if step.kind == "checkpoints" else None))
+    with pytest.raises(KeyboardInterrupt, match="saved at step 640"):
+        train_flow.run_plan(plan_run(run("one"), tmp_path))
+    allow_children()
 
 
 def test_the_files_that_ship_import_nothing_heavy_and_do_nothing(tmp_path: Path) -> None:

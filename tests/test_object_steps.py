@@ -26,7 +26,8 @@ from tasks.data_plan import is_here
 from tasks.experiment import resolve_run
 from tasks.pipeline import run_steps
 from tasks.places import ObjectPath, Place, place_of, working_directory
-from tasks.planning import plan_rows, plan_run
+from tasks.plan_text import plan_rows
+from tasks.planning import plan_run
 from tasks.storage import StorageError
 from tests.object_store import BUCKET, faulty_proxy, object_store, one_in_five
 from tests.step_flow import read_until, runs, start, states, steps, two_steps
