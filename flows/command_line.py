@@ -113,7 +113,8 @@ def _run(arguments: Arguments, preset_name: str | None) -> int:
     if arguments.plan:
         print_preflight(plan)
         return 0
-    check_accelerator(config.name, plan.model, plan.own_train, tell=tell, pool=config.pool)
+    if plan.has_training:
+        check_accelerator(config.name, plan.model, plan.own_train, tell=tell, pool=config.pool)
 
     from tasks.children import ChildStopped
     from tasks.summary import RunSummary
@@ -152,7 +153,7 @@ def print_plan(plan: Plan) -> None:
 
 def print_preflight(plan: Plan) -> None:
     """What the TPU compiler says of the run, where it asks for a slice. Raises ValueError where it cannot run there."""
-    if plan.config.train.accelerator_type is None:
+    if plan.config.train.accelerator_type is None or not plan.has_training:
         return
     found = preflight(plan.config.name, plan.model, plan.own_train, tell=tell)
     if found is None:

@@ -100,6 +100,9 @@ def declared_runs(steps: Sequence[RunConfig | ContinuedRun], description: str, a
         return other
 
     for step in steps:
+        if not isinstance(step, RunConfig | ContinuedRun):
+            given = f"{step!r:.60}"
+            raise ValueError(f"executor_main(steps=...) has {given}: give it a list of what default_train or anneal_after returned")
         if isinstance(step, RunConfig):
             add(step.name, Declared(*flagged(step)))
             continue

@@ -104,9 +104,9 @@ def _check(run: Declared, root: Place) -> None:
     plan = _plan(run, root, to_read=arguments.plan)
     if arguments.plan:
         print_preflight(plan)
-    elif arguments.deploy is None:
+    elif arguments.deploy is None and plan.has_training:
         check_accelerator(run.name, plan.model, plan.own_train, tell=tell, pool=run.config.pool)
-    elif not run.is_ready(root):
+    elif arguments.deploy is not None and not run.is_ready(root):
         raise ValueError(f"--deploy: {run.name} goes on from {run.base}, which is not trained yet: run the file first")
 
 

@@ -25,6 +25,7 @@ if __name__ == "__main__":
 
 from typing import TYPE_CHECKING, Any
 
+from flows.declaration_errors import explain_declarations
 from model.config import LlamaConfig, RopeConfig
 from model.guide_fields import ResourceConfig, TpuPodConfig, WatchConfig
 from model.train_config import SimpleTrainConfig
@@ -36,6 +37,8 @@ from tasks.mixture_config import Mixture
 
 if TYPE_CHECKING:
     from flows.train_flow import TASKS, run_plan, submit, train_llama
+
+explain_declarations()  # of the experiment's file that imports this
 
 # What an experiment's file imports is here at once. The flow is loaded, and Prefect with it, when somebody asks for it.
 _FLOW = ("TASKS", "run_plan", "submit", "train_llama")

@@ -124,7 +124,9 @@ def train_llama(
         pool=pool,
     )
     plan = plan_run(config, root_place(root), only=only, force=tuple(force or ()))
-    found = check_accelerator(config.name, plan.model, plan.own_train, tell=get_run_logger().info, pool=config.pool)
+    found = None
+    if plan.has_training:
+        found = check_accelerator(config.name, plan.model, plan.own_train, tell=get_run_logger().info, pool=config.pool)
     if config.pool is not None and plan.trains:
         check_pool(config.pool, plan.root, config.train, tell=get_run_logger().info)
     check_hub(plan)

@@ -145,9 +145,11 @@ def _component(name: str, part: TokenizedDataset | Dataset) -> Dataset:
 
 
 def as_mixture(tokenized: Mixture | TokenizedDataset) -> Mixture:
-    """The mixture itself, or that of one dataset."""
+    """The mixture itself, or that of one dataset. Raises ValueError where it is neither."""
     if isinstance(tokenized, Mixture):
         return tokenized
+    if not isinstance(tokenized, TokenizedDataset):
+        raise ValueError(f"tokenized={tokenized!r:.60}: give a mixture, or what default_tokenize returned")
     name = tokenized.dataset.name
     return lm_mixture_data_config({name: tokenized}, {name: 1.0}, name=name)
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import runpy
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +17,7 @@ from prefect.exceptions import ObjectNotFound
 
 from flows import generate, harness
 from flows.command_line import named_errors, run_command
+from flows.declaration_errors import mistake
 from flows.executor import run_experiments
 from model.train_config import SimpleTrainConfig
 from tasks.experiment import default_train
@@ -20,6 +25,7 @@ from tasks.pool_training import pretrain_deployment
 from tasks.presets import preset
 from tasks.vocabularies import SentencePieceFile
 
+CHECKOUT = Path(__file__).resolve().parent.parent
 LINES = 6
 
 
@@ -150,6 +156,71 @@ def test_a_key_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
         return 0
 
     check_answer(lambda: named_errors(declare), capsys, "SimpleTrainConfig has no field 'learningrate' (did you mean 'learning_rate'?)")
+
+
+SCRIPT = """
+from flows.train import *
+from tasks.datasets import shakespeare_mixture
+mix, model = shakespeare_mixture(), LlamaConfig()
+
+def train(**changed):
+    return SimpleTrainConfig(**{"train_batch_size": 4, "num_train_steps": 12, "learning_rate": 1e-3, **changed})
+
+"""
+
+
+def run_script(line: str, directory: Path) -> list[str] | None:
+    """What is said of the error that ends an experiment's file with `line` as its ninth."""
+    (directory / "mine.py").write_text(SCRIPT + line + "\n")
+    with pytest.raises(Exception) as ended:  # noqa: PT011  (any: what is made of it is asserted)
+        runpy.run_path(str(directory / "mine.py"))
+    return mistake(ended.value, ended.value.__traceback__)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("default_train('x' * 70, mix, model, train())", "mine.py:9: name='xxxxxx"),
+        ("default_train('x', mix, 'llama', train())", "mine.py:9: model='llama': input should be a valid dictionary or instance of"),
+        ("default_train('x', 'dclm', model, train())", "mine.py:9: tokenized='dclm': give a mixture, or what default_tokenize returned"),
+        ("train(learning_rte=1)", "mine.py:7: SimpleTrainConfig has no field 'learning_rte' (did you mean 'learning_rate'?)"),
+        ("train(learning_rate='fast')", "mine.py:7: train.learning_rate='fast': input should be a valid number"),
+        ("train(beta1=2)", "mine.py:7: train.beta1=2: give a number below 1"),
+        ("train(seed=-1, epsilon=-1, weight_decay=-1, warmup=-1, rewarmup=-1, steps_per_eval=-1, cycles=-1)", "and 2 more lines"),
+        ("LlamaConfig(num_heads=3, num_kv_heads=2)", "mine.py:9: num_heads=3 is not a multiple of num_kv_heads=2: make it one"),
+        ("anneal_after('a', default_train('b', mix, model, train()), batch=3)", "mine.py:9: AnnealConfig has no field 'batch'"),
+    ],
+)
+def test_a_mistake_in_an_experiments_file(line: str, words: str, tmp_path: Path) -> None:
+    said = run_script(line, tmp_path)
+    assert said is not None
+    assert len(said) <= LINES
+    assert said[0].startswith("error: mine.py:")
+    assert words in "\n".join(said)
+
+
+@pytest.mark.parametrize("line", ["int('x')", "1 / 0", "raise ValueError('mine')", "default_train(nam='x')", "mix.nothing"])
+def test_a_bug_in_an_experiments_file_keeps_its_traceback(line: str, tmp_path: Path) -> None:
+    assert run_script(line, tmp_path) is None
+
+
+def test_a_file_with_a_mistake_ends_as_a_command_line_does(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(SCRIPT + "train(beta1=2)\n")
+    (tmp_path / "bug.py").write_text(SCRIPT + "int('x')\n")
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+    done, bug = (
+        subprocess.run([sys.executable, tmp_path / file], capture_output=True, text=True, env=environment, timeout=120)
+        for file in ("mine.py", "bug.py")
+    )
+    assert (done.returncode, done.stderr) == (2, "error: mine.py:7: train.beta1=2: give a number below 1.0\n")
+    assert bug.returncode == 1
+    assert bug.stderr.startswith("Traceback")
+
+
+def test_what_is_no_run_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    base = preset("debug")
+    for steps in (base, "mine", [base.train]):
+        check_answer(lambda steps=steps: run_experiments(steps, "", []), capsys, "give it a list of what default_train")  # type: ignore[arg-type]
 
 
 def test_a_zone_that_is_a_region(capsys: pytest.CaptureFixture[str]) -> None:
