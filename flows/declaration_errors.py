@@ -33,15 +33,15 @@ def explain_declarations() -> None:
     if getattr(before, "explains_declarations", False):
         return
 
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if (lines := mistake(error, trace)) is None:
             before(kind, error, trace)
             return
         print("\n".join(lines), file=sys.stderr)
         raise SystemExit(2)  # as for a mistake on the command line
 
-    hook.explains_declarations = True  # type: ignore[attr-defined]
-    sys.excepthook = hook
+    _hook.explains_declarations = True  # type: ignore[attr-defined]
+    sys.excepthook = _hook
 
 
 def mistake(error: BaseException, trace: TracebackType | None) -> list[str] | None:

@@ -86,14 +86,14 @@ def declared_runs(steps: Sequence[RunConfig | ContinuedRun], description: str, a
     """
     runs: dict[str, Declared] = {}
 
-    def flagged(config: RunConfig, given: list[str] = arguments) -> tuple[RunConfig, ExperimentArguments]:
+    def _flagged(config: RunConfig, given: list[str] = arguments) -> tuple[RunConfig, ExperimentArguments]:
         flags = parse(ExperimentArguments(config=config), given, prog=config.name, description=description or "An experiment.")
         config = flags.config
         if flags.text:
             config = config.model_copy(update={"data": own_text_mixture(flags.text, config.data.tokenizer, flags.reading)})
         return config, flags
 
-    def add(name: str, made: Declared) -> Declared:
+    def _add(name: str, made: Declared) -> Declared:
         other = runs.setdefault(name, made)
         if (other.config, other.base) != (made.config, made.base):
             raise ValueError(f"two runs of this file are named {name!r}: directories and trackers would mix them up, so rename one")
@@ -104,12 +104,12 @@ def declared_runs(steps: Sequence[RunConfig | ContinuedRun], description: str, a
             given = f"{step!r:.60}"
             raise ValueError(f"executor_main(steps=...) has {given}: give it a list of what default_train or anneal_after returned")
         if isinstance(step, RunConfig):
-            add(step.name, Declared(*flagged(step)))
+            _add(step.name, Declared(*_flagged(step)))
             continue
-        base = add(step.base.name, Declared(*flagged(step.base)))
+        base = _add(step.base.name, Declared(*_flagged(step.base)))
         others, unchanged = _apart(arguments, OF_ITS_BEGINNING)
-        config, flags = flagged(step.in_its_own_terms(), others)
-        add(step.name, Declared(config, flags, dataclasses.replace(step, base=base.config), unchanged))
+        config, flags = _flagged(step.in_its_own_terms(), others)
+        _add(step.name, Declared(config, flags, dataclasses.replace(step, base=base.config), unchanged))
     _check_names(runs)
     return list(runs.values())
 

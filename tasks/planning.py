@@ -24,6 +24,7 @@ from model.train_config import SimpleTrainConfig
 from tasks.artifacts import check_writable, read_manifest
 from tasks.config import RunConfig, TrainingStep, beside_fields
 from tasks.data_plan import PlannedComponent, bytes_to_fetch, planned_data, tokens_to_write
+from tasks.data_steps import DataSteps
 from tasks.datasets import check_sources
 from tasks.disk_space import check_space, existing_place
 from tasks.eval_harness import check_eval_harness
@@ -142,10 +143,7 @@ def plan_run(
     total_tokens = origin.own(config.train).num_train_rows * config.seq_len
     total_flops = train_flops_per_token(model, config.seq_len) * total_tokens
     devices = None if config.train.accelerator_type else local_device_count()
-    taken = replace(run.data, downloads=_among(run.data.downloads, wanted), tokens=_among(run.data.tokens, wanted))
-    fetch_bytes = bytes_to_fetch(taken, root)
-    id_bytes = 2 if vocab_size <= 1 << 16 else 4
-    token_bytes = tokens_to_write(taken, root, config.data.tokenizer) * id_bytes
+    fetch_bytes, token_bytes = _data_bytes(config, run.data, root, wanted)
     kept_bytes = checkpoint_bytes(config, model) if trains(planned) and isinstance(root, Path) else 0
     space = check_space(root, kept_bytes, fetch_bytes, token_bytes, refuse=not to_read)
     data = planned_data(config, run.data, root, origin)
@@ -246,6 +244,13 @@ def _not_applied(step: Step, root: Place) -> list[str]:
         return []
     made_with = manifest.stats.get("beside", {})
     return [f"train.{name}" for name, value in beside_fields(config.train).items() if made_with.get(name, value) != value]
+
+
+def _data_bytes(config: RunConfig, data: DataSteps, root: Place, wanted: tuple[Step, ...]) -> tuple[int, int]:
+    """Bytes of source files to fetch, and about those of tokens to write, of the steps that take part."""
+    taken = replace(data, downloads=_among(data.downloads, wanted), tokens=_among(data.tokens, wanted))
+    id_bytes = 2 if vocabulary_size(config.data.tokenizer) <= 1 << 16 else 4
+    return bytes_to_fetch(taken, root), tokens_to_write(taken, root, config.data.tokenizer) * id_bytes
 
 
 def _among(steps: tuple[Step, ...], wanted: tuple[Step, ...]) -> tuple[Step, ...]:
