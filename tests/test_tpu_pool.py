@@ -70,8 +70,8 @@ def test_the_control_flow_is_killed_and_adopts_its_run(
     assert len(prefect.flow_runs("pretrain")) == before + 1
     assert last_names(prefect).count("Running") == 1
     links = [artifact["data"] for artifact in prefect.post("/artifacts/filter") if artifact["key"] == "training-run"]
-    assert prefect.flow_runs("pretrain")[-1]["id"] in links[-1]
-    assert links[-1] == links[-2]  # the second control flow shows the run that it adopted
+    child = prefect.flow_runs("pretrain")[-1]["id"]
+    assert sum(child in link for link in links) == 2  # the second control flow shows the run that it adopted
     assert_same_outcome(job.root, finished.root)
     slices.gone()
 

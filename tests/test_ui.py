@@ -57,7 +57,8 @@ def answer(prefect: Prefect, path: str) -> Any:
 
 
 def artifacts(prefect: Prefect) -> dict[str, Any]:
-    return {artifact["key"]: artifact for artifact in prefect.post("/artifacts/filter") if artifact["key"]}
+    """The newest of each key."""
+    return {artifact["key"]: artifact for artifact in reversed(prefect.post("/artifacts/filter", sort="CREATED_DESC")) if artifact["key"]}
 
 
 def wait_for_progress(prefect: Prefect, run: str) -> None:
@@ -131,7 +132,8 @@ def test_the_form_and_the_table_of_a_sweep(prefect: Prefect, page: Page, picture
     assert prefect.wait_for_last_run(1, "sweep-llama")["state"]["type"] == "COMPLETED", (prefect.home / "worker.log").read_text()[-3000:]
     made = artifacts(prefect)
     page.goto(f"{ui}/artifacts/artifact/{made['sweep-debug']['id']}")
-    page.get_by_text("debug-learning_rate-0.003-weight_decay-0.01").first.wait_for()
+    page.get_by_text("Arms of debug: 4 of 4 arms finished").first.wait_for()
+    page.get_by_text("debug-learning_rate-0.001-weight_decay-0.01").first.wait_for()
     page.screenshot(path=pictures / "sweep-table.png")
     page.goto(f"{ui}/artifacts/artifact/{made['sweep-debug-summary']['id']}")
     page.get_by_text("4 of 4 arms finished").first.wait_for()
