@@ -95,7 +95,7 @@ def test_normal_initial_weights(initializer: str, residual: float) -> None:
     ("changes", "message"),
     [
         ({"sliding_window": 0}, "sliding_window"),
-        ({"use_bias": True}, "no field 'use_bias'"),
+        ({"use_biases": True}, "no field 'use_biases'"),
         ({"activation_function": "swiglu"}, "activation_function"),
     ],
 )
