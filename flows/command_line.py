@@ -96,10 +96,10 @@ def named_errors(command: Callable[[], int]) -> int:
         return 2
 
 
-def explained(error: ValueError | OSError) -> list[str]:
-    """What an error that explains itself says, a message for each thing that is wrong."""
+def explained(error: ValueError | OSError, within: str = "") -> list[str]:
+    """What an error that explains itself says, a message for each thing that is wrong. within: the section of its fields."""
     if isinstance(error, ValidationError):
-        return [explain(problem) for problem in error.errors(include_url=False)]
+        return [explain(problem, within) for problem in error.errors(include_url=False)]
     # an error of our own with a number for programs: people need the text
     return [error.strerror if isinstance(error, OSError) and error.strerror and error.filename is None else str(error)]
 

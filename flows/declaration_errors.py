@@ -51,15 +51,10 @@ def mistake(error: BaseException, trace: TracebackType | None) -> list[str] | No
     if not calls or frames[-1] == calls[-1] or not _explains_itself(error, *frames[-1]):
         return None
     from flows.command_line import explained
-    from flows.flag_errors import explain
 
     file, line = calls[-1]
-    if isinstance(error, pydantic.ValidationError):
-        within = _SECTIONS.get(error.title, "")
-        texts = [explain(problem, within) for problem in error.errors(include_url=False)]
-    else:
-        assert isinstance(error, ValueError | OSError)
-        texts = explained(error)
+    assert isinstance(error, ValueError | OSError)
+    texts = explained(error, _SECTIONS.get(error.title, "") if isinstance(error, pydantic.ValidationError) else "")
     lines = [part for text in texts for part in f"error: {Path(file).name}:{line}: {text}".splitlines()]
     return lines if len(lines) <= _LINES else [*lines[: _LINES - 1], f"and {len(lines) - _LINES + 1} more lines"]
 

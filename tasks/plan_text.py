@@ -16,24 +16,22 @@ def plan_lines(plan: Plan) -> list[str]:
     mesh = (
         f"data {plan.batch.data} x fsdp {plan.batch.fsdp} x tensor {plan.batch.tensor}" if plan.batch else "decided where the training runs"
     )
-    about_data = [
-        *([f"fetch: {size(plan.fetch_bytes)} of source files"] if plan.fetch_bytes else []),
-        *(f"warning: {warning}" for warning in plan.warnings),
-    ]
+    fetch = [f"fetch: {size(plan.fetch_bytes)} of source files"] if plan.fetch_bytes else []
+    warnings = [f"warning: {warning}" for warning in plan.warnings]
     if not plan.has_training:
-        return about_data
+        return fetch + warnings
     return [
         f"model: {number(plan.num_parameters)} parameters: {model.num_layers} layers, width {model.hidden_dim}, "
         f"mlp {model.intermediate_dim}, {model.num_heads} heads, {model.num_kv_heads} kv heads, vocabulary {model.vocab_size}",
         f"tokens: {number(plan.total_tokens)} = {_steps_and_tokens(plan)}",
-        *([f"fetch: {size(plan.fetch_bytes)} of source files"] if plan.fetch_bytes else []),
+        *fetch,
         f"compute: {flops(plan.total_flops)} of model work, causal attention at half",
         f"batch: {batch}",
         f"mesh: {mesh}, {train.compute_dtype} arithmetic, float32 weights",
         f"time: about {duration(plan.seconds)} of training on this machine" if plan.seconds else "time: depends on the accelerator",
         f"disk: up to {size(plan.checkpoint_bytes)} of checkpoints and exports, {size(plan.fetch_bytes)} of source files and about "
         f"{size(plan.token_bytes)} of tokens, below {plan.root}",
-        *(f"warning: {warning}" for warning in plan.warnings),
+        *warnings,
     ]
 
 
